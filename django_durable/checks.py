@@ -1,0 +1,1 @@
+"""System checks, tag "durable": see docs/reference/checks.md."""

@@ -1,0 +1,209 @@
+"""What differs between databases and operating systems, asked as a question in one place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from django.db import Error, InterfaceError, OperationalError, connections, transaction
+from django.db.models import BooleanField, Expression, Value
+from django.db.models.expressions import RawSQL
+
+
+class Trouble(Enum):
+    """What a database error means for the statement that met it."""
+
+    # The connection is gone, or leads to a server that cannot write: whether a COMMIT arrived is unknown.
+    LOST = "lost"
+    # The database asks to run the transaction again: serialization failure, deadlock, a lock held too long.
+    AGAIN = "again"
+    # The statement is wrong, or the data: the caller's own error.
+    OTHER = "other"
+
+
+# PostgreSQL: connection exceptions; shutdown and start-up; idle-in-transaction timeout; read-only server after a
+# failover; too many connections.
+_LOST_STATES = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "25006", "53300")
+# Serialization failure, deadlock, lock not available, disk full.
+_AGAIN_STATES = ("40001", "40P01", "55P03", "53100")
+# MySQL and MariaDB: server gone, lost, read-only; deadlock, lock wait timeout, record changed.
+_LOST_NUMBERS = frozenset({2006, 2013, 2055, 1053, 1290, 1792})
+_AGAIN_NUMBERS = frozenset({1213, 1205, 1020})
+_SQLITE_AGAIN = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
+
+
+# A statement or transaction that took too long; a statement in a transaction that an error had broken.
+TIMEOUT_STATES = frozenset({"57014", "25P04"})
+ABORTED_STATE = "25P02"
+
+
+def trouble(error: BaseException, connection: Any) -> Trouble:
+    """Judge a database error by SQLSTATE and the connection's state: its class alone misleads (25P03 is internal).
+
+    Call it outside the failed transaction: a broken transaction looks like a broken connection.
+    """
+    if not isinstance(error, Error):
+        return Trouble.OTHER
+    cause = error.__cause__
+    if state := sqlstate(error):
+        if state.startswith(_LOST_STATES):
+            return Trouble.LOST
+        return Trouble.AGAIN if state in _AGAIN_STATES else Trouble.OTHER
+    if isinstance(cause, sqlite3.Error):
+        return Trouble.AGAIN if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _SQLITE_AGAIN else Trouble.OTHER
+    number = error.args[0] if error.args else None
+    if number in _LOST_NUMBERS:
+        return Trouble.LOST
+    if number in _AGAIN_NUMBERS:
+        return Trouble.AGAIN
+    # No code at all: the driver speaks for itself, because the server no longer could.
+    if isinstance(error, OperationalError | InterfaceError) and not usable(connection):
+        return Trouble.LOST
+    return Trouble.OTHER
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The five characters by which the SQL standard names an error, where the driver passes them on."""
+    cause = error.__cause__
+    return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+
+
+def usable(connection: Any) -> bool:
+    """Whether the connection still answers; one that Django has closed after an error does not."""
+    if connection.connection is None:
+        return False
+    try:
+        return bool(connection.is_usable())
+    except Exception:
+        return False
+
+
+def row_share_lock(connection: Any) -> str:
+    """The clause that keeps a selected row from being changed until our commit, or "" where all writers queue."""
+    features = connection.features
+    if not features.has_select_for_update:
+        return ""
+    # Databases with the four strengths of row lock let parallel steps of one run commit side by side.
+    return "FOR SHARE" if features.has_select_for_no_key_update else "FOR UPDATE"
+
+
+def can_notify(connection: Any) -> bool:
+    """Whether the database has LISTEN and NOTIFY; there is no feature flag for it."""
+    return bool(connection.vendor == "postgresql")
+
+
+def session_is_alive(connection: Any) -> Expression:
+    """Whether a worker row's session still holds its advisory lock; True where there are no such sessions."""
+    if not can_notify(connection):
+        return Value(True)
+    return RawSQL(
+        "(session_key IS NULL OR EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 "
+        "AND (classid::bigint << 32 | objid::bigint) = session_key "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())))",
+        (),
+        output_field=BooleanField(),
+    )
+
+
+def database_file(connection: Any) -> str | None:
+    """The path of the file that every commit changes, or None: a server's, or one in memory."""
+    if connection.vendor != "sqlite" or connection.is_in_memory_db():
+        return None
+    return os.path.abspath(str(connection.settings_dict["NAME"]))
+
+
+def in_users_transaction(connection: Any) -> bool:
+    """Whether what we commit now could be rolled back by somebody else. A TestCase's own transaction is exempt,
+    as for ``atomic(durable=True)``."""
+    blocks = connection.atomic_blocks
+    if blocks:
+        return not blocks[-1]._from_testcase
+    return connection.connection is not None and not connection.get_autocommit()
+
+
+def set_transaction(connection: Any, isolation: str | None, timeout: float | None) -> None:
+    """Set the isolation level and time limit of the transaction that has just begun, where the database has them."""
+    # A savepoint of a test's transaction cannot have either; SQLite is always serializable and has no timeout.
+    if (isolation is None and timeout is None) or len(connection.atomic_blocks) > 1:
+        return
+    with connection.cursor() as cursor:
+        if isolation is not None and hasattr(connection, "isolation_level"):
+            cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation.upper()}")
+        if timeout is not None and connection.vendor == "postgresql":
+            limit = max(1, int(timeout * 1000))
+            cursor.execute(f"SET LOCAL statement_timeout = {limit}")
+            if connection.pg_version >= 170000:
+                cursor.execute(f"SET LOCAL transaction_timeout = {limit}")
+
+
+def in_transaction(connection: Any) -> bool:
+    """Whether the driver is inside a transaction now; True where it cannot tell.
+
+    SQLite rolls a transaction back by itself on a full disk: our next INSERT would then commit alone.
+    """
+    return bool(getattr(connection.connection, "in_transaction", True))
+
+
+@contextmanager
+def immediate(connection: Any) -> Iterator[None]:
+    """Let transactions that begin in this block take SQLite's write lock first.
+
+    A deferred one that reads before it writes fails at once with "database is locked", whatever the timeout.
+    """
+    if not hasattr(connection, "transaction_mode") or connection.in_atomic_block:
+        yield
+        return
+    before = connection.transaction_mode
+    connection.transaction_mode = "IMMEDIATE"
+    try:
+        yield
+    finally:
+        connection.transaction_mode = before
+
+
+@contextmanager
+def write_transaction(alias: str, *, durable: bool = False) -> Iterator[None]:
+    """A transaction of the engine's own: it has the right to write from its first statement on."""
+    with immediate(connections[alias]), transaction.atomic(using=alias, durable=durable):
+        yield
+
+
+# -- Processes --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def host_name() -> str:
+    return socket.gethostname()[:200]
+
+
+@lru_cache(maxsize=1)
+def machine_id() -> str:
+    """Names the space in which a process id means something: this boot of this kernel, this pid namespace.
+
+    A host's name is not enough: two containers may share one, and each has a process 7. "" where it is unknown,
+    and then nobody judges a process by its id.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def process_started(pid: int) -> int | None:
+    """When the process began, in the kernel's own ticks, or None if there is none (a zombie is none either)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The second field is the program's name in brackets and may hold spaces and brackets itself.
+    after_name = stat.rpartition(")")[2].split()
+    state, started = after_name[0], int(after_name[19])
+    return None if state in "ZX" else started

@@ -1,0 +1,226 @@
+"""The fenced checkpoint: one INSERT that is a step's outcome, or is nothing.
+
+    INSERT INTO step (...) SELECT ... FROM run WHERE id = ? AND attempt = ? AND status = 'RUNNING' FOR SHARE
+
+The row lock makes it a fence: a cancel or a takeover that commits first leaves no row to select, and one that comes
+later waits for our commit and then sees it. It is the last statement of an atomic step's transaction, so no lock on
+the run is held while the user's code runs. Lock order everywhere: the user's rows, then the run's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+from django.db import Error, IntegrityError, connections
+
+from django_durable import compat, signals
+from django_durable.compat import Trouble
+from django_durable.engine.context import RunContext
+from django_durable.exceptions import Cancelled, LeaseLost
+from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.states import RunStatus, StepKind, StepStatus
+
+T = TypeVar("T")
+_ALONE = nullcontext()
+
+
+class Outcome(NamedTuple):
+    """What a step came to, as it is stored."""
+
+    status: StepStatus
+    output: str = ""
+    error: str = ""
+    exception: str = ""
+
+
+_COLUMNS = (
+    "position",
+    "name",
+    "kind",
+    "status",
+    "output",
+    "error",
+    "exception",
+    "attempts",
+    "attempt",
+    "database",
+    "started_at",
+    "finished_at",
+)
+
+
+@lru_cache
+def _insert_sql(alias: str, fence: str) -> str:
+    connection = connections[alias]
+    quote = connection.ops.quote_name
+    step, run = quote(StepCheckpoint._meta.db_table), quote(WorkflowRun._meta.db_table)
+    columns = ", ".join(quote(name) for name in ("run_id", *_COLUMNS))
+    values = ", ".join(["%s"] * len(_COLUMNS))
+    if fence == "none":
+        return f"INSERT INTO {step} ({columns}) VALUES (%s, {values})"  # noqa: S608 (names of ours only)
+    running = f" AND {quote('status')} = '{RunStatus.RUNNING}'" if fence == "running" else ""
+    return (
+        f"INSERT INTO {step} ({columns}) SELECT {quote('id')}, {values} FROM {run} "  # noqa: S608 (names of ours only)
+        f"WHERE {quote('id')} = %s AND {run}.{quote('attempt')} = %s{running} {compat.row_share_lock(connection)}"
+    )
+
+
+def insert(
+    context: RunContext,
+    step: StepCheckpoint,
+    *,
+    fence: str = "running",
+    alias: str | None = None,
+) -> bool:
+    """Store the checkpoint on the run's connection; False: the fence let it not pass.
+
+    `fence` is "running" (this attempt holds the run), "attempt" (nobody claimed it since) or "none" (the caller
+    holds the run's row already). Raises IntegrityError if the position has an outcome.
+    """
+    connection = connections[alias or context.alias]
+    adapt = connection.ops.adapt_datetimefield_value
+    values: list[Any] = [getattr(step, name) for name in _COLUMNS[:-2]]
+    values += [adapt(step.started_at), adapt(step.finished_at)]
+    params = [context.run_id, *values] if fence == "none" else [*values, context.run_id, context.attempt]
+    with connection.cursor() as cursor:
+        cursor.execute(_insert_sql(connection.alias, fence), params)
+        return bool(cursor.rowcount == 1)
+
+
+def checkpoint(
+    context: RunContext,
+    position: int,
+    name: str,
+    kind: StepKind,
+    outcome: Outcome,
+    *,
+    attempts: int,
+    started_at: datetime,
+    database: str = "",
+) -> StepCheckpoint:
+    """Return the unsaved row of an outcome."""
+    return StepCheckpoint(
+        run_id=context.run_id,
+        position=position,
+        name=name,
+        kind=str(kind),
+        status=str(outcome.status),
+        output=outcome.output,
+        error=outcome.error,
+        exception=outcome.exception,
+        attempts=attempts,
+        attempt=context.attempt,
+        database=database,
+        started_at=started_at,
+        finished_at=context.lease.clock.now(),
+    )
+
+
+def record(context: RunContext, step: StepCheckpoint, *, replaces: bool, effect_happened: bool) -> StepCheckpoint:
+    """Store an outcome in a commit of its own, through lost connections; return the row that stands.
+
+    That is another's if the position already has an outcome. A try to be repeated gives way (`replaces`).
+    With `effect_happened` the outcome is kept even if the run was cancelled meanwhile, so that resume() does not
+    repeat the effect. Raises Cancelled or LeaseLost when the run may not go on here.
+    """
+
+    def store(fence: str) -> bool:
+        with _one_commit(context.alias, several=replaces):
+            if replaces:
+                drop_try(context, step.position)
+            return insert(context, step, fence=fence)
+
+    def write() -> StepCheckpoint | None:
+        try:
+            if store("running"):
+                return step
+        except IntegrityError:
+            return found(context, step.position)
+        if effect_happened:
+            with suppress(IntegrityError):
+                store("attempt")
+        return None
+
+    stored = persist(context, write)
+    if stored is None:
+        raise lost(context)
+    announce(context, stored)
+    return stored
+
+
+def found(context: RunContext, position: int, alias: str | None = None) -> StepCheckpoint | None:
+    """The outcome that stands at a position: ours, if only the answer to its COMMIT was lost, or another's."""
+    rows = StepCheckpoint.objects.using(alias or context.alias).filter(run=context.run_id, position=position)
+    return rows.exclude(status=StepStatus.RETRYING).first()
+
+
+def drop_try(context: RunContext, position: int) -> None:
+    """Delete the record of a try that was to be repeated, for the outcome to take its place."""
+    rows = StepCheckpoint.objects.using(context.alias).filter(run=context.run_id, position=position)
+    rows.filter(status=StepStatus.RETRYING).delete()
+
+
+def _one_commit(alias: str, *, several: bool) -> Any:
+    # One statement is its own transaction. In a test's transaction it takes a savepoint, or a refused row would
+    # break the test's.
+    if several or connections[alias].in_atomic_block:
+        return compat.write_transaction(alias)
+    return _ALONE
+
+
+def lost(context: RunContext) -> BaseException:
+    """End the execution whose fence was refused, and return what to raise: Cancelled, or LeaseLost."""
+    status = (
+        WorkflowRun.objects.using(context.alias)
+        .filter(pk=context.run_id, attempt=context.attempt)
+        .values_list("status", flat=True)
+        .first()
+    )
+    if status == RunStatus.CANCELLED:
+        return context.end(Cancelled(f"run {context.run_id} was cancelled"))
+    return context.end(LeaseLost(f"run {context.run_id} has another owner"))
+
+
+def still_held(context: RunContext) -> bool:
+    """Whether this attempt still executes the run; by the time of the answer it may be otherwise."""
+    return WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt).exists()
+
+
+def persist(context: RunContext, write: Callable[[], T]) -> T:
+    """Repeat an idempotent write of the engine until the database has answered it.
+
+    A database that is away is a pause: what is written here has happened, and giving up would lose it.
+    """
+    pause = 0.02
+    while True:
+        try:
+            return write()
+        except Error as error:
+            connection = connections[context.alias]
+            if connection.in_atomic_block or compat.trouble(error, connection) is Trouble.OTHER:
+                raise
+            connection.close()
+        if context.lease.wait(pause):
+            raise context.end(LeaseLost("this process stops while the database is away"))
+        pause = min(2.0, pause * random.uniform(1.5, 2))  # noqa: S311 (not a secret)
+
+
+def announce(context: RunContext, step: StepCheckpoint) -> None:
+    signals.step_recorded.send_robust(
+        StepCheckpoint,
+        run_id=context.run_id,
+        workflow=context.run.workflow,
+        database=context.alias,
+        worker=context.lease.id,
+        position=step.position,
+        name=step.name,
+        kind=step.kind,
+        status=step.status,
+        attempts=step.attempts,
+        attempt=context.attempt,
+    )

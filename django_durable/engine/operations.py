@@ -1,0 +1,322 @@
+"""The verbs: start, call, cancel, resume, look. Handles, commands and the admin say them; nothing else moves a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db import connections, models, router, transaction
+from django.db.models import Case, DateTimeField, F, Q, Value, When, sql
+from django.db.models.constants import OnConflict
+from django.db.models.lookups import GreaterThan
+from django.utils import timezone
+
+from django_durable import compat
+from django_durable.clock import DatabaseNow
+from django_durable.conf import as_seconds, options
+from django_durable.engine import claims, payloads, registry
+from django_durable.engine.bell import ring_after_commit
+from django_durable.engine.claims import Claim
+from django_durable.engine.context import current_run
+from django_durable.engine.heartbeat import inline_lease
+from django_durable.engine.ids import new_id
+from django_durable.engine.leases import Lease, end_here
+from django_durable.engine.replay import End, dump_input, execute, rewind
+from django_durable.exceptions import (
+    Cancelled,
+    InsideTransaction,
+    InsideWorkflow,
+    RunCancelled,
+    RunDead,
+    RunFailed,
+    RunIdInUse,
+    RunNotFound,
+    SerializationError,
+    StepFailed,
+)
+from django_durable.models import WorkflowRun
+from django_durable.serialization import clean_text, load_exception
+from django_durable.states import RESUMABLE, RunStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """How a run is started, beside its arguments; see `Workflow.using`."""
+
+    run_id: str | None = None
+    queue: str | None = None
+    priority: int = 0
+    run_after: datetime | timedelta | None = None
+    timeout: float | timedelta | None = None
+    attributes: dict[str, Any] | None = None
+    related: models.Model | None = None
+    database: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.run_id is not None:
+            _check_text("run_id", self.run_id, 200)
+        if self.queue is not None:
+            _check_text("queue", self.queue, 100)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) >= 2**31:
+            raise ValueError(f"priority takes a whole number of 32 bits, found {self.priority!r}.")
+        if isinstance(self.run_after, datetime) and timezone.is_naive(self.run_after):
+            raise ValueError(f"run_after takes a datetime with a time zone, found a naive one: {self.run_after!r}.")
+        if not isinstance(self.run_after, datetime | timedelta | None):
+            raise TypeError(f"run_after takes a datetime or a timedelta, found {self.run_after!r}.")
+        if self.timeout is not None:
+            as_seconds(self.timeout, "timeout")
+        if self.attributes is not None:
+            _check_attributes(self.attributes)
+        if self.related is not None and (not isinstance(self.related, models.Model) or self.related.pk is None):
+            raise ValueError(
+                f"related takes a saved model instance, found {type(self.related).__name__} without a key."
+            )
+        if self.database is not None and self.database not in connections:
+            raise ValueError(f"database takes one of {sorted(connections)}, found {self.database!r}.")
+
+
+def _check_text(name: str, value: Any, limit: int) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} takes a str, found {type(value).__name__}: {value!r}.")
+    if not 1 <= len(value) <= limit:
+        raise ValueError(f"{name} takes 1 to {limit} characters, found {len(value)}: {value[:50]!r}.")
+    if "\0" in value or not value.isprintable():
+        raise ValueError(f"{name} takes printable characters, found {value!r}.")
+
+
+def _check_attributes(attributes: Any) -> None:
+    if not isinstance(attributes, dict):
+        raise TypeError(f"attributes takes a dict, found {type(attributes).__name__}.")
+    try:
+        text = json.dumps(attributes, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise SerializationError(
+            f"they must be plain JSON, so that they can be searched: {error}. Pass text and numbers.", "attributes"
+        ) from error
+    if "\\u0000" in text:
+        raise SerializationError("they hold a NUL character, which a database cannot search. Remove it.", "attributes")
+
+
+def database_of(given: str | None = None) -> str:
+    """The alias of the database that a new run lives in: the one named, the setting's, or the router's choice."""
+    return given or options().DATABASE or router.db_for_write(WorkflowRun)
+
+
+# -- Start ------------------------------------------------------------------------------------------------------
+
+
+def start(definition: registry.Definition, given: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Store a run for a worker, in the caller's transaction, with one INSERT; return its id."""
+    alias = database_of(given.database)
+    _refuse_in_body(definition)
+    run = _new_run(definition, given, args, kwargs)
+    if not _insert(alias, run, idempotent=given.run_id is not None):
+        _check_same_workflow(alias, run.pk, definition)
+    ring_after_commit(alias)
+    return run.pk
+
+
+def call(definition: registry.Definition, given: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the workflow here and now, durably; return its result or raise its error."""
+    alias = database_of(given.database)
+    if compat.in_users_transaction(connections[alias]):
+        raise InsideTransaction(definition.name, alias)
+    _refuse_in_body(definition)
+    run = _new_run(definition, given, args, kwargs)
+    lease = inline_lease(alias)
+    if run.status == RunStatus.PENDING:
+        now = lease.clock.now()
+        run.status, run.worker, run.attempt, run.version = RunStatus.RUNNING, lease.id, 1, options().VERSION
+        run.created_at = run.run_after = run.started_at = now
+        if run.timeout is not None:
+            run.deadline = now + timedelta(seconds=run.timeout)
+    if _insert(alias, run, idempotent=given.run_id is not None):
+        if run.status == RunStatus.RUNNING and (end := execute(Claim(run, definition, {}), lease)) is not None:
+            return value_of(end)
+    else:
+        _check_same_workflow(alias, run.pk, definition)
+    return value_of(_finish_here(lease, run.pk))
+
+
+def _refuse_in_body(definition: registry.Definition) -> None:
+    context = current_run()
+    if context is not None and context.step is None:
+        raise InsideWorkflow(definition.name, context.run_id)
+
+
+def _new_run(
+    definition: registry.Definition, given: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> WorkflowRun:
+    timeout = given.timeout if given.timeout is not None else definition.timeout
+    now: Any = DatabaseNow()
+    run = WorkflowRun(
+        id=given.run_id or new_id(),
+        workflow=definition.name,
+        status=RunStatus.PENDING,
+        queue=given.queue or definition.queue,
+        priority=given.priority,
+        attributes=given.attributes or {},
+        input=dump_input(args, kwargs, definition.name),
+        timeout=None if timeout is None else as_seconds(timeout, "timeout"),
+        created_at=now,
+        run_after=now,
+    )
+    run.related = given.related
+    if given.run_after is not None:
+        _delay(run, given.run_after)
+    return run
+
+
+def _delay(run: Any, run_after: datetime | timedelta) -> None:
+    """Let the run wait for its time, unless that has passed by the database's clock."""
+    if isinstance(run_after, timedelta):
+        if run_after > timedelta(0):
+            run.status, run.waiting_for = RunStatus.WAITING, "start"
+            run.wake_at = run.run_after = DatabaseNow(run_after)
+        return
+    due = Value(run_after, output_field=DateTimeField())
+    later = GreaterThan(due, DatabaseNow())
+    run.status = Case(When(later, then=Value(str(RunStatus.WAITING))), default=Value(str(RunStatus.PENDING)))
+    run.waiting_for = Case(When(later, then=Value("start")), default=Value(""))
+    run.wake_at = Case(When(later, then=due), default=None, output_field=DateTimeField())
+    run.run_after = Case(When(later, then=due), default=DatabaseNow(), output_field=DateTimeField())
+
+
+def _insert(alias: str, run: WorkflowRun, *, idempotent: bool) -> bool:
+    """INSERT the run on the caller's connection; False: there is a run of its id."""
+    query = sql.InsertQuery(WorkflowRun, on_conflict=OnConflict.IGNORE if idempotent else None)
+    query.insert_values(WorkflowRun._meta.concrete_fields, [run])
+    connection = connections[alias]
+    with connection.cursor() as cursor:
+        for statement, params in query.get_compiler(connection=connection).as_sql():
+            cursor.execute(statement, params)
+        return bool(cursor.rowcount == 1)
+
+
+def _check_same_workflow(alias: str, run_id: str, definition: registry.Definition) -> None:
+    found = WorkflowRun.objects.using(alias).filter(pk=run_id).values_list("workflow", flat=True).first()
+    if found is not None and found not in (definition.name, *definition.aliases):
+        raise RunIdInUse(run_id, found, definition.name)
+
+
+# -- Look -------------------------------------------------------------------------------------------------------
+
+
+def fetch(alias: str, run_id: str) -> WorkflowRun:
+    """Return the run; raise RunNotFound."""
+    run: WorkflowRun | None = WorkflowRun.objects.using(alias).filter(pk=run_id).first()
+    if run is None:
+        raise RunNotFound(run_id, alias)
+    return run
+
+
+def look(alias: str, run_id: str) -> End | None:
+    """How the run ended, or None if it has not."""
+    fields = ("status", "output", "exception", "error", "cancel_reason")
+    run = WorkflowRun.objects.using(alias).filter(pk=run_id).only(*fields).first()
+    if run is None:
+        raise RunNotFound(run_id, alias)
+    match run.status:
+        case RunStatus.SUCCEEDED:
+            return End(value=payloads.load(run.output, f"The result of run {run_id}"))
+        case RunStatus.FAILED:
+            error = load_exception(run.exception)
+            if type(error) is StepFailed and not run.error.startswith("StepFailed"):
+                error = RunFailed(run_id, error.type_name, error.text)
+            return End(error=error)
+        case RunStatus.CANCELLED:
+            return End(error=RunCancelled(run_id, run.cancel_reason))
+        case RunStatus.DEAD:
+            dead = RunDead(run_id, run.error)
+            dead.__cause__ = load_exception(run.exception)
+            return End(error=dead)
+        case _:
+            return None
+
+
+def value_of(end: End) -> Any:
+    """Return the value that the run ended with, or raise its error."""
+    if end.error is not None:
+        raise end.error
+    return end.value
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between two looks at a run that somebody else executes: short ones first, then four a second."""
+    pause = 0.01
+    while True:
+        yield pause
+        pause = min(0.25, pause * 1.3)
+
+
+def _finish_here(lease: Lease, run_id: str) -> End:
+    """Wait for a run's end, executing it here whenever it is due and nobody else does: there may be no worker."""
+    for pause in pauses():
+        if (end := look(lease.alias, run_id)) is not None:
+            return end
+        claims.wake_due(lease.alias)
+        lease = lease if lease.valid() else inline_lease(lease.alias)
+        for claim in claims.claim(lease, 1, run_id=run_id):
+            if (end := execute(claim, lease)) is not None:
+                return end
+        lease.wait(pause)
+    raise AssertionError("unreachable: pauses() has no end")
+
+
+# -- Steer ------------------------------------------------------------------------------------------------------
+
+
+def cancel(alias: str, run_id: str, reason: str = "") -> bool:
+    """Cancel an unfinished run, in the caller's transaction; False: it had ended, or there is none."""
+    runs = WorkflowRun.objects.using(alias).filter(pk=run_id)
+    if not runs.move(
+        RunStatus.CANCELLED,
+        cancel_reason=clean_text(reason),
+        finished_at=DatabaseNow(),
+        wake_at=None,
+        waiting_for="",
+    ):
+        return False
+
+    def announce() -> None:
+        end_here(run_id, Cancelled(f"run {run_id} was cancelled"))
+        run = runs.first()
+        if run is not None:
+            claims.announce_end(run, alias, RunStatus.CANCELLED, run.worker)
+
+    transaction.on_commit(announce, using=alias, robust=True)
+    return True
+
+
+def resume(alias: str, run_id: str) -> bool:
+    """Make a FAILED, CANCELLED or DEAD run due again: it goes on from its last completed step. False: none of these."""
+    with transaction.atomic(using=alias):
+        runs = WorkflowRun.objects.using(alias).filter(pk=run_id)
+        before = runs.values_list("status", "failed_step", "failed_horizon").first()
+        moved = runs.move(
+            RunStatus.PENDING,
+            RESUMABLE,
+            failures=0,
+            recoveries=0,
+            error="",
+            exception="",
+            cancel_reason="",
+            worker="",
+            finished_at=None,
+            failed_step=None,
+            failed_horizon=None,
+            run_after=DatabaseNow(),
+            # The claim sets a missing one, from the run's timeout.
+            deadline=Case(When(Q(deadline__lte=DatabaseNow()), then=None), default=F("deadline")),
+        )
+        if moved and before is not None:
+            status, position, horizon = before
+            if status == RunStatus.FAILED and position is not None and horizon is not None:
+                rewind(alias, run_id, (position, horizon))
+    if moved:
+        ring_after_commit(alias)
+    return bool(moved)

@@ -1,0 +1,40 @@
+"""Waiting without a thread: the run is stored as WAITING and unwound; whoever makes it due lets it be replayed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from django_durable import compat
+from django_durable.clock import DatabaseNow
+from django_durable.engine import checkpoints
+from django_durable.engine.context import RunContext
+from django_durable.exceptions import Parked
+from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.states import RunStatus
+
+
+def park(
+    context: RunContext, seconds: float, waiting_for: str, row: StepCheckpoint | None = None, *, replaces: bool = False
+) -> BaseException:
+    """Store the run as WAITING for so long, and `row` with it; return what unwinds the workflow."""
+
+    def write() -> bool:
+        with compat.write_transaction(context.alias):
+            # The run's row first, here: taken after the checkpoint's shared lock, it would be an upgrade, on which
+            # two parallel steps deadlock.
+            held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+            wake_at = DatabaseNow(timedelta(seconds=seconds))
+            if not held.move(RunStatus.WAITING, wake_at=wake_at, waiting_for=waiting_for, worker=""):
+                return False
+            if row is not None:
+                if replaces:
+                    checkpoints.drop_try(context, row.position)
+                checkpoints.insert(context, row, fence="none")
+            return True
+
+    if not checkpoints.persist(context, write):
+        # Not ours any more; or ours, and only the answer to the COMMIT was lost. Either way it ends here.
+        return checkpoints.lost(context)
+    if row is not None:
+        checkpoints.announce(context, row)
+    return context.end(Parked(f"run {context.run_id} waits for {waiting_for}"))

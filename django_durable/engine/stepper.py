@@ -1,0 +1,268 @@
+"""A step, from its call to its one outcome: answered from the history, or executed, retried and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, Protocol
+
+from django.db import Error, IntegrityError, connections
+
+from django_durable import compat
+from django_durable.compat import Trouble
+from django_durable.conf import options
+from django_durable.engine import checkpoints, payloads
+from django_durable.engine.checkpoints import Outcome
+from django_durable.engine.context import RunContext, StepContext, before_step
+from django_durable.engine.parking import park
+from django_durable.engine.retries import RetryPolicy, jittered
+from django_durable.exceptions import Halt, InsideTransaction, NonDeterminism, SerializationError, StepTimeout
+from django_durable.models import StepCheckpoint
+from django_durable.serialization import describe_exception, dump_exception, load_exception
+from django_durable.states import StepKind, StepStatus
+
+# How often a step whose transaction the database refused or lost is run again before its error is its own.
+MAX_RERUNS = 20
+
+
+class StepDefinition(Protocol):
+    """What the engine has to know of a step."""
+
+    name: str
+    func: Callable[..., Any]
+    atomic: bool
+    using: str | None
+    isolation: str | None
+    timeout: float | None
+    retry: RetryPolicy
+
+
+class _Refused(Exception):
+    """The fence matched no row: rolls the step's transaction back."""
+
+
+def perform(context: RunContext, step: StepDefinition, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the step's recorded value or raise its recorded error, executing it if it has none yet."""
+    position = context.next_position()
+    recorded = context.recorded.get(position)
+    if context.ended is not None:
+        raise context.ended
+    context.busy = True
+    try:
+        if recorded is None and not context.fresh and step.using not in (None, context.alias):
+            recorded = _recorded_elsewhere(context, position, step)
+        if recorded is not None:
+            if recorded.name != step.name:
+                error = NonDeterminism(context.run_id, position, recorded.name, step.name)
+                raise context.end(Halt(error))
+            if recorded.status != StepStatus.RETRYING:
+                return answer(context, recorded)
+        if compat.in_users_transaction(connections[context.alias]):
+            raise InsideTransaction.step(step.name, context.run_id, context.alias)
+        return answer(context, _Execution(context, step, position, recorded, args, kwargs).outcome())
+    finally:
+        context.busy = False
+
+
+def answer(context: RunContext, recorded: StepCheckpoint) -> Any:
+    """Return or raise a recorded outcome, the first time as on every replay."""
+    if recorded.status == StepStatus.FAILED:
+        error = load_exception(recorded.exception, step=recorded.name)
+        raise context.deliver(error, recorded.position)
+    try:
+        return payloads.load(recorded.output, f"Run {context.run_id}, step {recorded.position} ({recorded.name})")
+    except SerializationError as error:
+        raise context.end(Halt(error)) from error
+
+
+class _Execution:
+    """The tries of one step."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        step: StepDefinition,
+        position: int,
+        recorded: StepCheckpoint | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.context = context
+        self.step = step
+        self.position = position
+        self.args = args
+        self.kwargs = kwargs
+        self.kind = StepKind.ATOMIC if step.atomic else StepKind.STEP
+        # A recorded try that failed; the outcome takes its place.
+        self.retrying = recorded is not None
+        self.tries = recorded.attempts if recorded is not None else 0
+        self.started_at: datetime = context.lease.clock.now()
+        self.place = f"Run {context.run_id}, step {position} ({step.name})"
+
+    def outcome(self) -> StepCheckpoint:
+        """Try until there is an outcome and return its row; unwinds the workflow if the run may not go on here."""
+        run_once = self._atomically if self.step.atomic else self._outside
+        while True:
+            self.context.guard()
+            for told in before_step:
+                told(self.context, self.step.name)
+            self.tries += 1
+            try:
+                return run_once()
+            except Exception as error:
+                failure = error
+            delay = self.step.retry.wait(failure, self.tries)
+            if delay is None:
+                return self._record_failure(failure)
+            self._record_try(failure, delay)
+
+    def _call(self) -> str:
+        """Run the user's function and return its value as it will be stored."""
+        context = self.context
+        context.step = StepContext(context, self.position, self.step.name, self.tries)
+        try:
+            value = self.step.func(*self.args, **self.kwargs)
+        finally:
+            context.step = None
+        return payloads.dump(value, self.place)
+
+    def _row(self, outcome: Outcome, database: str = "") -> StepCheckpoint:
+        return checkpoints.checkpoint(
+            self.context,
+            self.position,
+            self.step.name,
+            self.kind,
+            outcome,
+            attempts=self.tries,
+            started_at=self.started_at,
+            database=database,
+        )
+
+    def _outside(self) -> StepCheckpoint:
+        """No transaction is held while the function runs; its outcome is a commit of its own."""
+        connection = connections[self.context.alias]
+        for last in self._reruns():
+            try:
+                output = self._call()
+                break
+            except Error as error:
+                # The function's own query met a database that went away. That is a pause for the run, and the
+                # function is one that may be repeated.
+                if last or connection.in_atomic_block or compat.usable(connection):
+                    raise
+                if compat.trouble(error, connection) is not Trouble.LOST:
+                    raise
+                self._reconnect()
+        return self._record(Outcome(StepStatus.SUCCEEDED, output=output), effect_happened=True)
+
+    def _atomically(self) -> StepCheckpoint:
+        """The function's writes and its checkpoint, in one commit."""
+        context, step = self.context, self.step
+        alias = step.using or context.alias
+        elsewhere = alias != context.alias
+        connection = connections[alias]
+        for last in self._reruns():
+            row: StepCheckpoint | None = None
+            try:
+                with compat.write_transaction(alias, durable=True):
+                    compat.set_transaction(connection, step.isolation, step.timeout)
+                    output = self._call()
+                    if not compat.in_transaction(connection):
+                        raise Error("The database rolled the step's transaction back by itself.")
+                    row = self._row(Outcome(StepStatus.SUCCEEDED, output=output), alias if elsewhere else "")
+                    self._insert(row, elsewhere)
+                checkpoints.announce(context, row)
+                return self._mirror(row) if elsewhere else row
+            except _Refused:
+                raise checkpoints.lost(context) from None
+            except Error as error:
+                verdict = compat.trouble(error, connection)
+                if verdict is Trouble.OTHER and isinstance(error, IntegrityError) and row is not None:
+                    # Ours, if it is the checkpoint's key; else a deferred constraint of the user's own tables.
+                    stands = checkpoints.found(context, self.position, alias)
+                    if stands is not None:
+                        return self._mirror(stands) if elsewhere else stands
+                if verdict is Trouble.OTHER or last or connection.in_atomic_block:
+                    raise self._explained(error) from error.__cause__
+                if verdict is Trouble.LOST:
+                    self._reconnect(alias)
+                    # The COMMIT may have arrived, though its answer did not.
+                    stands = row and checkpoints.found(context, self.position, alias)
+                    if stands is not None:
+                        return self._mirror(stands) if elsewhere else stands
+            context.guard()
+        raise AssertionError("unreachable: the last rerun returns or raises")
+
+    def _insert(self, row: StepCheckpoint, elsewhere: bool) -> None:
+        """The checkpoint, as the last statement of the step's transaction."""
+        if not elsewhere:
+            if self.retrying:
+                checkpoints.drop_try(self.context, self.position)
+            if not checkpoints.insert(self.context, row):
+                raise _Refused
+            return
+        # No lock can span two databases: the run is looked at just before, and the checkpoint's key in the step's
+        # own database keeps the outcome to one.
+        if not checkpoints.still_held(self.context):
+            raise _Refused
+        checkpoints.insert(self.context, row, fence="none", alias=row.database)
+
+    def _mirror(self, row: StepCheckpoint) -> StepCheckpoint:
+        """Show an outcome that was committed in the step's own database among the run's steps, too."""
+        return checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=True)
+
+    def _record(self, outcome: Outcome, *, effect_happened: bool) -> StepCheckpoint:
+        return checkpoints.record(
+            self.context, self._row(outcome), replaces=self.retrying, effect_happened=effect_happened
+        )
+
+    def _record_failure(self, error: Exception) -> StepCheckpoint:
+        final = RetryPolicy.final(error)
+        failed = Outcome(StepStatus.FAILED, error=describe_exception(error), exception=dump_exception(final))
+        return self._record(failed, effect_happened=not self.step.atomic)
+
+    def _record_try(self, error: Exception, delay: float) -> None:
+        """Store a failed try that will be repeated, then wait: here, or parked if that takes long."""
+        row = self._row(Outcome(StepStatus.RETRYING, error=describe_exception(error)))
+        pause = jittered(delay)
+        if delay > options().PARK_AFTER:
+            raise park(self.context, pause, f"retry:{self.step.name}", row, replaces=self.retrying)
+        checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=not self.step.atomic)
+        self.retrying = True
+        self.context.lease.wait(pause)
+
+    def _reconnect(self, alias: str | None = None) -> None:
+        """Wait until the database can be reached again."""
+        connection = connections[alias or self.context.alias]
+        connection.close()
+        checkpoints.persist(self.context, connection.ensure_connection)
+        self.context.guard()
+
+    def _reruns(self) -> Iterator[bool]:
+        """Yield, for each run of the function, whether it is the last; a pause that grows lies between them."""
+        for number in range(MAX_RERUNS):
+            if number:
+                self.context.lease.wait(jittered(min(1.0, 0.005 * 2**number)))
+            yield number == MAX_RERUNS - 1
+
+    def _explained(self, error: Error) -> Exception:
+        """The error that an atomic step's transaction ended with, in words that say what to do."""
+        state = compat.sqlstate(error)
+        if state in compat.TIMEOUT_STATES and self.step.timeout is not None:
+            connections[self.step.using or self.context.alias].close_if_unusable_or_obsolete()
+            return StepTimeout(self.step.name, self.context.run_id, self.step.timeout)
+        if state == compat.ABORTED_STATE:
+            error.add_note(
+                f"{self.place} caught a database error and went on; the database had already undone its transaction, "
+                "so nothing of this try was stored. Let the error leave the step, or put what may fail into "
+                "transaction.atomic() inside the step."
+            )
+        return error
+
+
+def _recorded_elsewhere(context: RunContext, position: int, step: StepDefinition) -> StepCheckpoint | None:
+    """An outcome that was committed in the step's own database, by a process that died before it said so here."""
+    row = checkpoints.found(context, position, step.using)
+    if row is None:
+        return None
+    return checkpoints.record(context, row, replaces=False, effect_happened=True)

@@ -1,0 +1,148 @@
+"""Several workers on one machine: processes started anew, not forked, and what is done when one dies."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing.connection import wait
+from typing import Any
+from uuid import uuid4
+
+import django
+from django.db import Error, connections
+
+from django_durable.clock import DatabaseNow
+from django_durable.conf import options
+from django_durable.engine import leases
+from django_durable.models import Worker as WorkerRow
+
+logger = logging.getLogger("django_durable.worker")
+
+# A fork would share its parent's connections and locks.
+_spawn = multiprocessing.get_context("spawn")
+
+# The longest pause before a process that keeps dying is started again.
+RESTART_PAUSE = 10.0
+
+
+class Supervisor:
+    """Keeps `count` worker processes alive; gives the runs of one that died to the others at once."""
+
+    def __init__(self, alias: str, count: int, verbosity: int, settings: dict[str, Any]) -> None:
+        self.alias = alias
+        self.verbosity = verbosity
+        self.settings = settings
+        self._slots: list[_Slot] = [_Slot() for _ in range(count)]
+        self._stopping = threading.Event()
+        self._at_once = False
+        self._wake_in, self._wake_out = _spawn.Pipe(duplex=False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every process is alive and has renewed its lease."""
+        ids = [slot.worker_id for slot in self._slots]
+        try:
+            alive = WorkerRow.objects.using(self.alias).filter(pk__in=ids, expires_at__gt=DatabaseNow())
+            return not self._stopping.is_set() and alive.count() == len(ids)
+        except Error:
+            return False
+        finally:
+            connections[self.alias].close()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        self._at_once = at_once
+        self._stopping.set()
+        self._wake_out.send(None)
+
+    def run(self) -> None:
+        for slot in self._slots:
+            self._start(slot)
+        killing_at = None
+        while any(slot.process is not None for slot in self._slots):
+            sentinels = [slot.process.sentinel for slot in self._slots if slot.process is not None]
+            for ready in wait([*sentinels, self._wake_in], timeout=0.5):
+                if ready is self._wake_in:
+                    self._wake_in.recv()
+                    self._pass_on_stop()
+                    if killing_at is None:
+                        killing_at = time.monotonic() + self.settings["grace"] + 10
+            for slot in self._slots:
+                if slot.process is not None and not slot.process.is_alive():
+                    self._bury(slot)
+            if killing_at is not None and time.monotonic() > killing_at:
+                for slot in self._slots:
+                    if slot.process is not None:
+                        slot.process.kill()
+            self._restart_due()
+        connections.close_all()
+
+    def _start(self, slot: _Slot) -> None:
+        slot.worker_id = uuid4().hex
+        slot.started_at = time.monotonic()
+        slot.process = _spawn.Process(
+            target=_work, args=(self.alias, slot.worker_id, os.getpid(), self.verbosity, self.settings), daemon=False
+        )
+        slot.process.start()
+
+    def _pass_on_stop(self) -> None:
+        for slot in self._slots:
+            if slot.process is not None:
+                slot.process.terminate()
+                if self._at_once:
+                    slot.process.terminate()
+
+    def _bury(self, slot: _Slot) -> None:
+        """Hand on what a dead process held, and plan its successor."""
+        process, slot.process = slot.process, None
+        code = process.exitcode
+        process.close()
+        if code == 0:
+            return
+        logger.warning("A worker process ended with exit code %s", code)
+        try:
+            leases.bury(self.alias, [slot.worker_id])
+            leases.recover(self.alias)
+        except Error:
+            connections[self.alias].close()
+        if not self._stopping.is_set():
+            # One that lived for a while is replaced at once; one that dies at its start is not, again and again.
+            slot.deaths = 0 if time.monotonic() - slot.started_at > RESTART_PAUSE else slot.deaths + 1
+            slot.restart_at = time.monotonic() + min(RESTART_PAUSE, 0.1 * 2**slot.deaths - 0.1)
+
+    def _restart_due(self) -> None:
+        for slot in self._slots:
+            if slot.restart_at is None or self._stopping.is_set():
+                slot.restart_at = None
+            elif time.monotonic() >= slot.restart_at:
+                slot.restart_at = None
+                self._start(slot)
+
+
+class _Slot:
+    process: Any = None
+    worker_id = ""
+    started_at = 0.0
+    restart_at: float | None = None
+    deaths = 0
+
+
+def _work(alias: str, worker_id: str, parent: int, verbosity: int, settings: dict[str, Any]) -> None:
+    """A worker process, from its first line."""
+    django.setup()
+    from django_durable.worker.command import log_to_stderr, run_until_signalled
+    from django_durable.worker.loop import Worker
+
+    log_to_stderr(verbosity)
+    worker = Worker(alias, worker_id=worker_id, **settings)
+    threading.Thread(target=_stop_without, args=(parent, worker), name="parent-watch", daemon=True).start()
+    run_until_signalled(worker)
+
+
+def _stop_without(parent: int, worker: Any) -> None:
+    """End in order when the supervisor has died: nobody else would ever stop or replace this process."""
+    while os.getppid() == parent:
+        time.sleep(options().POLL_INTERVAL)
+    worker.stop()

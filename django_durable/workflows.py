@@ -1,0 +1,250 @@
+"""`workflow`: the functions that survive."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from asgiref.sync import sync_to_async
+from django.core.exceptions import ValidationError
+from django.db.models import Model
+from django.forms import BaseForm
+
+from django_durable.conf import as_seconds
+from django_durable.engine import operations, registry
+from django_durable.engine.operations import StartOptions
+from django_durable.engine.retries import RetryPolicy, policy
+from django_durable.exceptions import InvalidInput
+from django_durable.handles import RunHandle
+from django_durable.steps import Errors, checked_name, refuse_async
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Workflow(Generic[P, R]):
+    """A durable function; see `workflow`."""
+
+    def __init__(
+        self,
+        func: Callable[P, R],
+        *,
+        name: str,
+        aliases: tuple[str, ...],
+        queue: str,
+        retry: RetryPolicy,
+        timeout: float | None,
+        max_recoveries: int,
+        validate: Any,
+    ) -> None:
+        functools.update_wrapper(self, func)
+        self.func = func
+        self.name = name
+        self.aliases = aliases
+        self.queue = queue
+        self.retry = retry
+        self.timeout = timeout
+        self.max_recoveries = max_recoveries
+        self.validate = validate
+        self.signature = inspect.signature(func)
+        self.options = StartOptions()
+
+    def __repr__(self) -> str:
+        return f"<Workflow {self.name}>"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run it here and now, durably; return its result or raise its error.
+
+        Raises `InsideTransaction` inside a transaction, whose rollback would undo its checkpoints.
+        """
+        value: R = operations.call(self, self.options, *self._arguments(args, kwargs))
+        return value
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
+        """Store a run for a worker, in the caller's transaction, and return its handle.
+
+        Raises TypeError for arguments that do not fit, `InvalidInput` for those that `validate` refuses,
+        `SerializationError` for those that cannot be stored, and `RunIdInUse`.
+        """
+        database = operations.database_of(self.options.database)
+        return RunHandle(operations.start(self, self.options, *self._arguments(args, kwargs)), database)
+
+    async def acall(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """See __call__()."""
+        return await sync_to_async(self)(*args, **kwargs)
+
+    async def astart(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
+        """See start()."""
+        return await sync_to_async(self.start)(*args, **kwargs)
+
+    def using(
+        self,
+        *,
+        run_id: str | None = None,
+        queue: str | None = None,
+        priority: int = 0,
+        run_after: datetime | timedelta | None = None,
+        timeout: float | timedelta | None = None,
+        attributes: dict[str, Any] | None = None,
+        related: Model | None = None,
+        database: str | None = None,
+    ) -> Workflow[P, R]:
+        """Return a copy whose runs are started with these options.
+
+        `run_id`: 1 to 200 characters; a second start with it finds the first one's run, whose arguments stand.
+        `queue`: default the workflow's. `priority`: higher goes first. `run_after`: a datetime with a zone, or a
+        timedelta; in the past is now. `timeout`: seconds or timedelta from the first execution to the end.
+        `attributes`: a dict of plain JSON, searchable. `related`: a saved model instance that the run is about.
+        `database`: the alias of the database that the run lives in. Raises TypeError or ValueError for what cannot be.
+        """
+        changed = copy.copy(self)
+        changed.options = StartOptions(
+            run_id=run_id,
+            queue=queue,
+            priority=priority,
+            run_after=run_after,
+            timeout=timeout,
+            attributes=attributes,
+            related=related,
+            database=database,
+        )
+        return changed
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"Workflow {self.name!r}: {error}; it takes {self.signature}.") from None
+        if self.validate is None:
+            return args, kwargs
+        bound.apply_defaults()
+        data: dict[str, Any] = {}
+        for parameter, value in bound.arguments.items():
+            if self.signature.parameters[parameter].kind is inspect.Parameter.VAR_KEYWORD:
+                data.update(value)
+            else:
+                data[parameter] = value
+        cleaned = _cleaned(self.validate, data)
+        try:
+            self.signature.bind(**cleaned)
+        except TypeError as error:
+            raise TypeError(
+                f"Workflow {self.name!r}: what validate= returned does not fit: {error}; it takes {self.signature}."
+            ) from None
+        return (), cleaned
+
+
+def _cleaned(validate: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The data after a form, a pydantic model or a callable has looked at them; raise InvalidInput if it refuses."""
+    if isinstance(validate, type) and issubclass(validate, BaseForm):
+        form = validate(data=data)
+        if not form.is_valid():
+            raise InvalidInput(form.errors.as_data())
+        return dict(form.cleaned_data)
+    try:
+        if hasattr(validate, "model_validate"):
+            valid = validate.model_validate(data)
+            return {name: getattr(valid, name) for name in validate.model_fields}
+        cleaned = validate(data)
+    except ValidationError as error:
+        raise InvalidInput(error) from error
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error
+    if not isinstance(cleaned, dict):
+        raise TypeError(f"validate= must return a dict of keyword arguments, found {type(cleaned).__name__}.")
+    return cleaned
+
+
+@overload
+def workflow(func: Callable[P, R], /) -> Workflow[P, R]: ...
+
+
+@overload
+def workflow(
+    *,
+    name: str | None = None,
+    queue: str = "default",
+    max_attempts: int = 1,
+    retry_delay: float | timedelta = 1.0,
+    retry_backoff: float = 2.0,
+    retry_max_delay: float | timedelta = 3600.0,
+    retry_on: Errors = (Exception,),
+    timeout: float | timedelta | None = None,
+    max_recoveries: int = 100,
+    validate: Any = None,
+    aliases: tuple[str, ...] | list[str] = (),
+) -> Callable[[Callable[P, R]], Workflow[P, R]]: ...
+
+
+def workflow(
+    func: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    queue: str = "default",
+    max_attempts: int = 1,
+    retry_delay: float | timedelta = 1.0,
+    retry_backoff: float = 2.0,
+    retry_max_delay: float | timedelta = 3600.0,
+    retry_on: Errors = (Exception,),
+    timeout: float | timedelta | None = None,
+    max_recoveries: int = 100,
+    validate: Any = None,
+    aliases: tuple[str, ...] | list[str] = (),
+) -> Any:
+    """Make a function durable: what it has completed is never repeated, and any worker goes on from there.
+
+    Between its steps the function must be deterministic: it is run again from the top, its completed steps answered
+    from their checkpoints.
+
+    `name`: what is stored; default ``module.qualname``. `aliases`: former names, whose runs stay runnable.
+    `queue`: where its runs are put unless `using` says otherwise.
+    `max_attempts`, `retry_delay`, `retry_max_delay` (seconds or timedelta), `retry_backoff`, `retry_on`: an exception
+    that leaves the function lets the run try again, its completed steps kept, up to `max_attempts` times in all.
+    `timeout`: seconds or timedelta from a run's first execution to its end, waiting included; then it is CANCELLED.
+    `max_recoveries`: a run that was under way in so many crashed processes and one more is set aside as DEAD.
+    `validate`: a Django Form class, a pydantic model class, or a callable from dict to dict; gets the arguments with
+    their defaults before anything is stored, and what it returns become the keyword arguments.
+    """
+    if func is None:
+        return functools.partial(
+            workflow,
+            name=name,
+            queue=queue,
+            max_attempts=max_attempts,
+            retry_delay=retry_delay,
+            retry_backoff=retry_backoff,
+            retry_max_delay=retry_max_delay,
+            retry_on=retry_on,
+            timeout=timeout,
+            max_recoveries=max_recoveries,
+            validate=validate,
+            aliases=aliases,
+        )
+    refuse_async(func, "workflow")
+    if validate is not None and not callable(validate):
+        raise TypeError(f"validate takes a Form class, a pydantic model class or a callable, found {validate!r}.")
+    if isinstance(max_recoveries, bool) or not isinstance(max_recoveries, int) or max_recoveries < 0:
+        raise ValueError(f"max_recoveries takes a whole number from 0, found {max_recoveries!r}.")
+    made: Workflow[..., Any] = Workflow(
+        func,
+        name=checked_name(name or f"{func.__module__}.{func.__qualname__}", "workflow"),
+        aliases=tuple(checked_name(alias, "workflow") for alias in aliases),
+        queue=StartOptions(queue=queue).queue or queue,
+        retry=policy(
+            max_attempts=max_attempts,
+            retry_delay=retry_delay,
+            retry_backoff=retry_backoff,
+            retry_max_delay=retry_max_delay,
+            retry_on=retry_on,
+        ),
+        timeout=None if timeout is None else as_seconds(timeout, "timeout"),
+        max_recoveries=max_recoveries,
+        validate=validate,
+    )
+    registry.register(made)
+    return made
