@@ -1,7 +1,10 @@
 from django.apps import AppConfig
+from django.core.signals import request_started
 from django.db.models.signals import post_migrate
 from django.utils.module_loading import autodiscover_modules
 from django.utils.translation import gettext_lazy as _
+
+from django_durable.conf import options
 
 
 class DurableConfig(AppConfig):
@@ -17,3 +20,7 @@ class DurableConfig(AppConfig):
 
         post_migrate.connect(forget_inline_leases, dispatch_uid="django_durable.leases")
         autodiscover_modules("workflows")
+        if options().EMBEDDED_WORKER:
+            from django_durable.worker.embedded import start_embedded_worker
+
+            request_started.connect(start_embedded_worker, dispatch_uid="django_durable.embedded")

@@ -192,6 +192,13 @@ class WorkflowNotRegistered(DurableError):
         )
 
 
+class TablesMissing(DurableError):
+    """A worker cannot use its tables."""
+
+    def __init__(self, database: str, found: str) -> None:
+        super().__init__(f"Database {database!r} does not have this version's tables ({found}). Run manage.py migrate.")
+
+
 class QueryOutsideStep(DurableError):
     """STRICT: the workflow's body queried the database, where a replay would see other rows."""
 

@@ -112,8 +112,8 @@ def get_run(run_id: str, database: str | None = None) -> RunHandle:
     alias = operations.database_of(database)
     if not isinstance(run_id, str):
         raise TypeError(f"get_run() takes a run's id (a str), found {type(run_id).__name__}: {run_id!r}.")
-    # PostgreSQL refuses to compare with a NUL; there is no such run anyway.
-    if "\0" in run_id or not WorkflowRun.objects.using(alias).filter(pk=run_id).exists():
+    # A database refuses to compare with a NUL or half a character; no run has such an id.
+    if not run_id.isprintable() or not WorkflowRun.objects.using(alias).filter(pk=run_id).exists():
         raise RunNotFound(run_id, alias)
     return RunHandle(run_id, alias)
 

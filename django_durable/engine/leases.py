@@ -95,6 +95,12 @@ class Lease:
             self.lose()
         return not self._lost
 
+    def renew_in_transaction(self) -> None:
+        """Renew with a step's own commit, where that kept the heartbeat out: on SQLite there is one writer."""
+        one_writer = not connections[self.alias].features.has_select_for_update
+        if one_writer and self.stored and self.age > self.seconds / 2:
+            self.renew()
+
     def lose(self) -> None:
         self._lost = True
 

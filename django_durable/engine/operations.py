@@ -225,7 +225,8 @@ def look(alias: str, run_id: str) -> End | None:
             return End(value=payloads.load(run.output, f"The result of run {run_id}"))
         case RunStatus.FAILED:
             error = load_exception(run.exception)
-            if type(error) is StepFailed and not run.error.startswith("StepFailed"):
+            # Unless the workflow was left by a StepFailed, this one stands for an exception that is not to be rebuilt.
+            if type(error) is StepFailed and "StepFailed" not in run.error.partition(":")[0]:
                 error = RunFailed(run_id, error.type_name, error.text)
             return End(error=error)
         case RunStatus.CANCELLED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -57,11 +57,17 @@ def execute(claim: Claim, lease: Lease) -> End | None:
             if context.ended is not None:
                 raise context.ended
         return _succeed(context, value)
-    except (Parked, LeaseLost):
+    except Parked:
+        return None
+    except LeaseLost:
+        # If the table still says it is ours, nobody else would ever take it.
+        held = WorkflowRun.objects.using(lease.alias).held(run.pk, run.attempt)
+        with suppress(LeaseLost):
+            checkpoints.persist(context, lambda: hand_back(held))
         return None
     except Cancelled as reason:
         if reason.args[0] == "timeout":
-            claims.cancel_overdue(lease.alias)
+            _settle(context, RunStatus.CANCELLED, cancel_reason="timeout")
         return None
     except Halt as halt:
         return _halt(context, halt.error)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, Protocol
 
-from django.db import Error, IntegrityError, connections
+from django.db import Error, connections
 
 from django_durable import compat
 from django_durable.compat import Trouble
@@ -20,6 +21,8 @@ from django_durable.exceptions import Halt, InsideTransaction, NonDeterminism, S
 from django_durable.models import StepCheckpoint
 from django_durable.serialization import describe_exception, dump_exception, load_exception
 from django_durable.states import StepKind, StepStatus
+
+logger = logging.getLogger("django_durable.run")
 
 # How often a step whose transaction the database refused or lost is run again before its error is its own.
 MAX_RERUNS = 20
@@ -114,7 +117,8 @@ class _Execution:
             delay = self.step.retry.wait(failure, self.tries)
             if delay is None:
                 return self._record_failure(failure)
-            self._record_try(failure, delay)
+            if (stands := self._record_try(failure, delay)) is not None:
+                return stands
 
     def _call(self) -> str:
         """Run the user's function and return its value as it will be stored."""
@@ -175,21 +179,21 @@ class _Execution:
                 return self._mirror(row) if elsewhere else row
             except _Refused:
                 raise checkpoints.lost(context) from None
-            except Error as error:
+            except Exception as error:
                 verdict = compat.trouble(error, connection)
-                if verdict is Trouble.OTHER and isinstance(error, IntegrityError) and row is not None:
-                    # Ours, if it is the checkpoint's key; else a deferred constraint of the user's own tables.
-                    stands = checkpoints.found(context, self.position, alias)
-                    if stands is not None:
-                        return self._mirror(stands) if elsewhere else stands
-                if verdict is Trouble.OTHER or last or connection.in_atomic_block:
-                    raise self._explained(error) from error.__cause__
-                if verdict is Trouble.LOST:
+                # In a test's transaction nothing can be run again: what is lost, is lost with the test.
+                final = verdict is Trouble.OTHER or last or connection.in_atomic_block
+                if verdict is Trouble.LOST and not connection.in_atomic_block:
                     self._reconnect(alias)
-                    # The COMMIT may have arrived, though its answer did not.
-                    stands = row and checkpoints.found(context, self.position, alias)
-                    if stands is not None:
-                        return self._mirror(stands) if elsewhere else stands
+                # Behind our INSERT there may be an outcome after all: another's, whose key it met; ours, if only the
+                # answer to the COMMIT was lost, or if what failed had been left for after the commit.
+                if row is not None and (stands := checkpoints.found(context, self.position, alias)) is not None:
+                    if not isinstance(error, Error):
+                        logger.exception("%s: a callback after its commit failed", self.place)
+                    checkpoints.announce(context, stands)
+                    return self._mirror(stands) if elsewhere else stands
+                if final:
+                    raise self._explained(error) from error.__cause__
             context.guard()
         raise AssertionError("unreachable: the last rerun returns or raises")
 
@@ -198,6 +202,7 @@ class _Execution:
         if not elsewhere:
             if self.retrying:
                 checkpoints.drop_try(self.context, self.position)
+            self.context.lease.renew_in_transaction()
             if not checkpoints.insert(self.context, row):
                 raise _Refused
             return
@@ -221,15 +226,21 @@ class _Execution:
         failed = Outcome(StepStatus.FAILED, error=describe_exception(error), exception=dump_exception(final))
         return self._record(failed, effect_happened=not self.step.atomic)
 
-    def _record_try(self, error: Exception, delay: float) -> None:
-        """Store a failed try that will be repeated, then wait: here, or parked if that takes long."""
+    def _record_try(self, error: Exception, delay: float) -> StepCheckpoint | None:
+        """Store a failed try that will be repeated, then wait: here, or parked if that takes long.
+
+        Returns an outcome of another's making, if there turned out to be one.
+        """
         row = self._row(Outcome(StepStatus.RETRYING, error=describe_exception(error)))
         pause = jittered(delay)
         if delay > options().PARK_AFTER:
             raise park(self.context, pause, f"retry:{self.step.name}", row, replaces=self.retrying)
-        checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=not self.step.atomic)
+        stands = checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=not self.step.atomic)
+        if stands is not row:
+            return stands
         self.retrying = True
         self.context.lease.wait(pause)
+        return None
 
     def _reconnect(self, alias: str | None = None) -> None:
         """Wait until the database can be reached again."""
@@ -245,7 +256,7 @@ class _Execution:
                 self.context.lease.wait(jittered(min(1.0, 0.005 * 2**number)))
             yield number == MAX_RERUNS - 1
 
-    def _explained(self, error: Error) -> Exception:
+    def _explained(self, error: Exception) -> Exception:
         """The error that an atomic step's transaction ended with, in words that say what to do."""
         state = compat.sqlstate(error)
         if state in compat.TIMEOUT_STATES and self.step.timeout is not None:

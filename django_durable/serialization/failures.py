@@ -38,9 +38,8 @@ _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not part 
 
 # Read below the class, so that an exception that shadows these names is still stored as what it is.
 _base: Any = BaseException.__dict__
-# What the interpreter fills in by itself: the object that lacked an attribute (anything at all, and of no use to a
-# replay), and the members of a group, which are in its args.
-_DERIVED = (AttributeError.__dict__["obj"], BaseExceptionGroup.__dict__["exceptions"])
+# The interpreter fills it in by itself: the object that lacked an attribute, anything at all. No replay needs it.
+_OBJECT = AttributeError.__dict__["obj"]
 _UNSET = object()
 
 
@@ -136,7 +135,7 @@ def _slots(cls: type) -> dict[str, Any]:
         for name, attribute in class_namespace(base).items()
         if type(attribute) in (MemberDescriptorType, GetSetDescriptorType)
         and name not in ("__dict__", "__weakref__")
-        and attribute not in _DERIVED
+        and attribute is not _OBJECT
     }
 
 
@@ -145,7 +144,8 @@ def _slot_values(exc: BaseException, fresh: BaseException) -> dict[str, Any]:
     values = {}
     for name, slot in _slots(type(exc)).items():
         value, made = (_content(slot, each) for each in (exc, fresh))
-        if value is not made and not (type(value) is type(made) is int and value == made):
+        # Numbers, and a group's exceptions, are made anew at each look.
+        if value is not made and not (type(value) is type(made) and type(value) in (int, tuple) and value == made):
             values[name] = value
     return values
 

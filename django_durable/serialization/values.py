@@ -197,6 +197,7 @@ def _read_zone(stored: Stored) -> zoneinfo.ZoneInfo:
 @lru_cache(maxsize=1024)
 def _is_zone(key: str) -> bool:
     # Asked before ZoneInfo is: for a key that it does not find, that imports a package whose name is made of the key.
+    # And no file is looked for elsewhere, which on Windows may mean another machine.
     if not re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", key):
         return False
     return any(Path(root, key).is_file() for root in zoneinfo.TZPATH) or key in _all_zones()

@@ -14,10 +14,12 @@ from django.db.models import Exists, Q, Subquery
 
 from django_durable import compat
 from django_durable.clock import DatabaseNow
+from django_durable.compat import Trouble
 from django_durable.conf import options
 from django_durable.engine import claims, leases, registry
 from django_durable.engine.heartbeat import Heartbeat
 from django_durable.engine.leases import Lease
+from django_durable.exceptions import TablesMissing
 from django_durable.models import Worker as WorkerRow
 from django_durable.models import WorkflowRun
 from django_durable.worker.listener import Listener, listener_for
@@ -110,11 +112,9 @@ class Worker:
     # -- Inside --
 
     def _begin(self) -> bool:
-        while not self._stopping.is_set():
-            if self._safely(self.lease.register):
-                break
-        else:
-            return False
+        while not self._safely(self._register):
+            if self._stopping.is_set():
+                return False
         self._heartbeat = Heartbeat(self.lease)
         self._heartbeat.start()
         self._listener = listener_for(self.alias, self._ring, lambda: self.lease.id)
@@ -128,6 +128,14 @@ class Worker:
             len(registry.names()),
         )
         return True
+
+    def _register(self) -> None:
+        try:
+            self.lease.register()
+        except Error as error:
+            if compat.trouble(error, connections[self.alias]) is Trouble.OTHER:
+                raise TablesMissing(self.alias, str(error).strip()) from error
+            raise
 
     def _ring(self) -> None:
         self._bell.set()

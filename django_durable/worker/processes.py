@@ -67,8 +67,7 @@ class Supervisor:
                 if ready is self._wake_in:
                     self._wake_in.recv()
                     self._pass_on_stop()
-                    if killing_at is None:
-                        killing_at = time.monotonic() + self.settings["grace"] + 10
+                    killing_at = time.monotonic() + (5 if self._at_once else self.settings["grace"] + 10)
             for slot in self._slots:
                 if slot.process is not None and not slot.process.is_alive():
                     self._bury(slot)
@@ -91,8 +90,6 @@ class Supervisor:
         for slot in self._slots:
             if slot.process is not None:
                 slot.process.terminate()
-                if self._at_once:
-                    slot.process.terminate()
 
     def _bury(self, slot: _Slot) -> None:
         """Hand on what a dead process held, and plan its successor."""

@@ -25,7 +25,7 @@ from django_durable.serialization import (
     register_type,
     types,
 )
-from tests.serialization.samples import BothKinds, CardDeclined, DataError, NamedOSError, Slotted, TwoArguments
+from tests.serialization.samples import BothKinds, CardDeclined, DataError, Money, NamedOSError, Slotted, TwoArguments
 from tests.serialization.strategies import same, values
 
 
@@ -221,6 +221,11 @@ class Changing(Exception):
         self.args = (text, iter([]))
 
 
+class Shadowing(Exception):
+    args = property(lambda self: ("not the real ones",))
+    __cause__ = property(lambda self: 1 / 0)
+
+
 class Odd(Exception):
     def __str__(self):
         raise SystemExit("str")
@@ -314,6 +319,25 @@ def test_what_cannot_be_rebuilt_is_recorded_all_the_same(name):
     assert len(description) <= 32 * 1024
     description.encode()
     assert "\0" not in description
+
+
+def test_an_exception_that_shadows_its_parts_is_stored_as_what_it_is():
+    back = again(Shadowing("real"))
+    assert type(back) is Shadowing
+    assert BaseException.args.__get__(back) == ("real",)
+
+
+def test_what_would_come_back_different_is_found_out_when_it_is_recorded(monkeypatch):
+    members = [ValueError(1)]
+    group = ExceptionGroup("two by now", members)
+    group.args = ("two by now", [*members, KeyError(2)])
+    assert type(again(group)) is StepFailed
+    for name in ("_encoders", "_registered"):
+        monkeypatch.setattr(types, name, getattr(types, name).copy())
+    register_type(Money, lambda money: money.cents, lambda cents: Money(cents))  # a currency is missing
+    text = dump_exception(ValueError(Money(1, "EUR")))
+    assert "error" not in json.loads(text)
+    assert "decode function raised TypeError" in json.loads(text)["why"]
 
 
 def test_the_stand_in_says_what_it_stands_for():

@@ -52,7 +52,8 @@ def test_a_row_hidden_by_the_default_manager_is_still_found(group, monkeypatch):
 
     hidden = Nobody()
     hidden.model = Group
-    monkeypatch.setattr(Group, "objects", hidden)
+    monkeypatch.setattr(Group._meta, "default_manager", hidden)
+    assert not Group._default_manager.exists()
     assert loads(dumps(group)) == group
 
 

@@ -10,12 +10,12 @@ from django.db import connections
 
 from django_durable.conf import options
 from django_durable.engine.operations import database_of
+from django_durable.exceptions import DurableError
 from django_durable.worker.command import run_worker
 
 
 class Command(BaseCommand):
     help = "Executes durable runs, and recovers those of processes that died. Run as many as you like."
-    requires_migrations_checks = True
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--queue", action="append", default=[], metavar="NAME", help="Only this queue; repeatable.")
@@ -40,6 +40,12 @@ class Command(BaseCommand):
             raise CommandError(f"--grace takes seconds, 0 or more, found {given['grace']}.")
         if given["autoreload"] and (given["burst"] or given["processes"] > 1):
             raise CommandError("--autoreload is for one process that stays: leave --burst and --processes out.")
+        try:
+            self._run(alias, given)
+        except (DurableError, OSError) as error:
+            raise CommandError(str(error)) from error
+
+    def _run(self, alias: str, given: dict[str, Any]) -> None:
         run_worker(
             alias,
             queues=given["queue"],
