@@ -108,11 +108,11 @@ class NotifyListener(Listener):
                     failing = False
                     # What was notified while we were not listening is not told again.
                     self.ring()
-                    key = self._lock(connection)
+                    key = self._take_lock(connection)
                     named = ""
                     while not self.done.is_set():
                         if named != (named := self.worker_id()):
-                            self._name(connection, key, named)
+                            self._tell_key(connection, key, named)
                         for _ in connection.notifies(timeout=0.5, stop_after=1):
                             self.ring()
                             # Whoever was about to ring within QUIET seconds of this one did not.
@@ -133,13 +133,13 @@ class NotifyListener(Listener):
             params.pop(name, None)
         return psycopg.connect(**params, autocommit=True)
 
-    def _lock(self, connection: Any) -> int:
+    def _take_lock(self, connection: Any) -> int:
         key = secrets.randbits(62)
         connection.execute("SELECT pg_advisory_lock(%s)", [key])
         self.held_since = time.monotonic()
         return key
 
-    def _name(self, connection: Any, key: int, worker_id: str) -> None:
+    def _tell_key(self, connection: Any, key: int, worker_id: str) -> None:
         table = connections[self.alias].ops.quote_name(Worker._meta.db_table)
         connection.execute(f"UPDATE {table} SET session_key = %s WHERE id = %s", [key, worker_id])  # noqa: S608
 
