@@ -20,7 +20,11 @@ class DurableConfig(AppConfig):
 
         post_migrate.connect(forget_inline_leases, dispatch_uid="django_durable.leases")
         autodiscover_modules("workflows")
-        if options().EMBEDDED_WORKER:
-            from django_durable.worker.embedded import start_embedded_worker
+        request_started.connect(_start_embedded_worker, dispatch_uid="django_durable.embedded")
 
-            request_started.connect(start_embedded_worker, dispatch_uid="django_durable.embedded")
+
+def _start_embedded_worker(**kwargs: object) -> None:
+    if options().EMBEDDED_WORKER:
+        from django_durable.worker.embedded import start_embedded_worker
+
+        start_embedded_worker()

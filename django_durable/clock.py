@@ -66,9 +66,10 @@ class Clock:
     __slots__ = ("_base", "_read_at")
 
     def __init__(self) -> None:
-        self.set(datetime.now(UTC))
+        self.set(datetime.now(UTC) + _moved)
 
     def set(self, reading: datetime) -> None:
+        """Take a reading of `DatabaseNow`."""
         self._base = reading.astimezone(UTC) - _moved
         self._read_at = boot_seconds()
 

@@ -27,13 +27,24 @@ class InsideTransaction(DurableError, RuntimeError):
         )
 
     @classmethod
-    def step(cls, step: str, run_id: str, database: str) -> InsideTransaction:
-        error = cls.__new__(cls)
-        RuntimeError.__init__(
-            error,
-            f"Step {step!r} of run {run_id} was called inside a transaction on database {database!r} that the "
-            "workflow opened: its checkpoint could not commit. Move the atomic() block into an atomic step.",
+    def waiting(cls, run_id: str, database: str) -> InsideTransaction:
+        return cls._saying(
+            f"result() would wait for run {run_id} without limit inside a transaction on database {database!r}: if the "
+            "run was started in it, no worker sees it before the commit. Wait behind the transaction, pass timeout=, "
+            "or in a test call run_until_idle() first."
         )
+
+    @classmethod
+    def step(cls, step: str, run_id: str, database: str) -> InsideTransaction:
+        return cls._saying(
+            f"Step {step!r} of run {run_id} was called inside a transaction on database {database!r} that the "
+            "workflow opened: its checkpoint could not commit. Move the atomic() block into an atomic step."
+        )
+
+    @classmethod
+    def _saying(cls, sentence: str) -> InsideTransaction:
+        error = cls.__new__(cls)
+        RuntimeError.__init__(error, sentence)
         return error
 
 

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.db import connections
 
 from django_durable.engine import operations
-from django_durable.exceptions import RunNotFound
+from django_durable.exceptions import InsideTransaction, RunNotFound
 from django_durable.models import WorkflowRun
 from django_durable.serialization import register_kind
 
@@ -50,12 +51,15 @@ class RunHandle:
         """Wait for the run's end and return its value.
 
         `timeout` in seconds; None waits without limit, 0 looks once. Raises the workflow's own exception,
-        `RunCancelled`, `RunDead`, `RunFailed` (its exception cannot be rebuilt), `RunNotFound`, or TimeoutError.
+        `RunCancelled`, `RunDead`, `RunFailed` (its exception cannot be rebuilt), `RunNotFound`, or TimeoutError; and
+        `InsideTransaction`, if it would wait without limit in a transaction that the run may be part of.
         """
         until = None if timeout is None else time.monotonic() + timeout
         for pause in operations.pauses():
             if (end := operations.look(self.database, self.id)) is not None:
                 return operations.value_of(end)
+            if timeout is None and connections[self.database].in_atomic_block:
+                raise InsideTransaction.waiting(self.id, self.database)
             time.sleep(self._pause(pause, until, timeout))
 
     async def aresult(self, timeout: float | None = None) -> Any:

@@ -130,13 +130,13 @@ def step(
             isolation=isolation,
         )
     refuse_async(func, "step")
-    if isolation is not None and isolation.lower() not in ISOLATION_LEVELS:
+    if isolation is not None and str(isolation).lower() not in ISOLATION_LEVELS:
         raise ValueError(f"isolation takes one of {', '.join(ISOLATION_LEVELS)}, found {isolation!r}.")
     if not atomic and (using is not None or isolation is not None):
         raise ValueError("using= and isolation= are an atomic step's: with atomic=False there is no transaction.")
     return Step(
         func,
-        name=checked_name(name or func.__qualname__, "step"),
+        name=checked_name(func.__qualname__ if name is None else name, "step"),
         atomic=atomic,
         using=using,
         retry=policy(

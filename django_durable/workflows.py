@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
@@ -16,7 +17,7 @@ from django.forms import BaseForm
 
 from django_durable.conf import as_seconds
 from django_durable.engine import operations, registry
-from django_durable.engine.operations import StartOptions
+from django_durable.engine.operations import StartOptions, check_text
 from django_durable.engine.retries import RetryPolicy, policy
 from django_durable.exceptions import InvalidInput
 from django_durable.handles import RunHandle
@@ -24,6 +25,19 @@ from django_durable.steps import Errors, checked_name, refuse_async
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class StartChanges(TypedDict, total=False):
+    """What `Workflow.using` takes."""
+
+    run_id: str | None
+    queue: str | None
+    priority: int
+    run_after: datetime | timedelta | None
+    timeout: float | timedelta | None
+    attributes: dict[str, Any] | None
+    related: Model | None
+    database: str | None
 
 
 class Workflow(Generic[P, R]):
@@ -81,19 +95,8 @@ class Workflow(Generic[P, R]):
         """See start()."""
         return await sync_to_async(self.start)(*args, **kwargs)
 
-    def using(
-        self,
-        *,
-        run_id: str | None = None,
-        queue: str | None = None,
-        priority: int = 0,
-        run_after: datetime | timedelta | None = None,
-        timeout: float | timedelta | None = None,
-        attributes: dict[str, Any] | None = None,
-        related: Model | None = None,
-        database: str | None = None,
-    ) -> Workflow[P, R]:
-        """Return a copy whose runs are started with these options.
+    def using(self, **options: Unpack[StartChanges]) -> Workflow[P, R]:
+        """Return a copy whose runs are started with these options; further ones add to them.
 
         `run_id`: 1 to 200 characters; a second start with it finds the first one's run, whose arguments stand.
         `queue`: default the workflow's. `priority`: higher goes first. `run_after`: a datetime with a zone, or a
@@ -102,16 +105,7 @@ class Workflow(Generic[P, R]):
         `database`: the alias of the database that the run lives in. Raises TypeError or ValueError for what cannot be.
         """
         changed = copy.copy(self)
-        changed.options = StartOptions(
-            run_id=run_id,
-            queue=queue,
-            priority=priority,
-            run_after=run_after,
-            timeout=timeout,
-            attributes=attributes,
-            related=related,
-            database=database,
-        )
+        changed.options = dataclasses.replace(self.options, **options)
         return changed
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -226,15 +220,18 @@ def workflow(
             aliases=aliases,
         )
     refuse_async(func, "workflow")
+    if not isinstance(aliases, tuple | list):
+        raise TypeError(f"aliases takes a list of names, found {aliases!r}.")
     if validate is not None and not callable(validate):
         raise TypeError(f"validate takes a Form class, a pydantic model class or a callable, found {validate!r}.")
     if isinstance(max_recoveries, bool) or not isinstance(max_recoveries, int) or max_recoveries < 0:
         raise ValueError(f"max_recoveries takes a whole number from 0, found {max_recoveries!r}.")
+    check_text("queue", queue, 100)
     made: Workflow[..., Any] = Workflow(
         func,
-        name=checked_name(name or f"{func.__module__}.{func.__qualname__}", "workflow"),
+        name=checked_name(f"{func.__module__}.{func.__qualname__}" if name is None else name, "workflow"),
         aliases=tuple(checked_name(alias, "workflow") for alias in aliases),
-        queue=StartOptions(queue=queue).queue or queue,
+        queue=queue,
         retry=policy(
             max_attempts=max_attempts,
             retry_delay=retry_delay,

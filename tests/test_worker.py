@@ -131,14 +131,14 @@ def _counting(function: Callable[..., object], calls: list[float]) -> Callable[.
     return counted
 
 
-def test_the_embedded_worker_starts_with_the_first_request_and_not_before():
-    request_started.connect(embedded.start_embedded_worker)
+def test_the_embedded_worker_starts_with_the_first_request_and_not_before(settings):
+    handle = echoing.start("in the web process")
+    request_started.send(sender=None)
+    assert handle.status == "PENDING", "it is off by default"
+    settings.DURABLE = {"EMBEDDED_WORKER": True}
     try:
-        handle = echoing.start("in the web process")
-        assert handle.status == "PENDING"
         request_started.send(sender=None)
         assert handle.result(timeout=20) == "in the web process"
     finally:
-        request_started.disconnect(embedded.start_embedded_worker)
         embedded.stop_embedded_worker()
     assert not WorkerRow.objects.exists()

@@ -117,13 +117,14 @@ class Lease:
         """Whether a step may start. A lease that may have run out is extended first, or found lost."""
         if self._lost or self.stopping.is_set() or self.pid != os.getpid():
             return False
-        if self.stored and self.age > self.seconds * 0.8:
+        while self.stored and self.age > self.seconds * 0.8:
             try:
                 return self.renew()
             except Error:
-                # Nobody takes over while the database is away; what was lost meanwhile shows at the fence.
+                # It may be away for us alone, and others may be taking over: no further step until it answers.
                 connections[self.alias].close()
-                return True
+            if self.wait(0.25):
+                return False
         return True
 
     def wait(self, seconds: float) -> bool:

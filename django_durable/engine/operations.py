@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from django.db import connections, models, router, transaction
@@ -23,7 +25,7 @@ from django_durable.engine.claims import Claim
 from django_durable.engine.context import current_run
 from django_durable.engine.heartbeat import inline_lease
 from django_durable.engine.ids import new_id
-from django_durable.engine.leases import Lease, end_here
+from django_durable.engine.leases import Lease, bury, end_here, recover
 from django_durable.engine.replay import End, dump_input, execute, rewind
 from django_durable.exceptions import (
     Cancelled,
@@ -35,7 +37,6 @@ from django_durable.exceptions import (
     RunIdInUse,
     RunNotFound,
     SerializationError,
-    StepFailed,
 )
 from django_durable.models import WorkflowRun
 from django_durable.serialization import clean_text, load_exception
@@ -57,15 +58,17 @@ class StartOptions:
 
     def __post_init__(self) -> None:
         if self.run_id is not None:
-            _check_text("run_id", self.run_id, 200)
+            check_text("run_id", self.run_id, 200)
         if self.queue is not None:
-            _check_text("queue", self.queue, 100)
+            check_text("queue", self.queue, 100)
         if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) >= 2**31:
             raise ValueError(f"priority takes a whole number of 32 bits, found {self.priority!r}.")
         if isinstance(self.run_after, datetime) and timezone.is_naive(self.run_after):
             raise ValueError(f"run_after takes a datetime with a time zone, found a naive one: {self.run_after!r}.")
         if not isinstance(self.run_after, datetime | timedelta | None):
             raise TypeError(f"run_after takes a datetime or a timedelta, found {self.run_after!r}.")
+        if isinstance(self.run_after, timedelta):
+            as_seconds(abs(self.run_after), "run_after")
         if self.timeout is not None:
             as_seconds(self.timeout, "timeout")
         if self.attributes is not None:
@@ -78,12 +81,13 @@ class StartOptions:
             raise ValueError(f"database takes one of {sorted(connections)}, found {self.database!r}.")
 
 
-def _check_text(name: str, value: Any, limit: int) -> None:
+def check_text(name: str, value: Any, limit: int) -> None:
+    """Raise TypeError or ValueError if the value cannot be stored as this option."""
     if not isinstance(value, str):
         raise TypeError(f"{name} takes a str, found {type(value).__name__}: {value!r}.")
     if not 1 <= len(value) <= limit:
         raise ValueError(f"{name} takes 1 to {limit} characters, found {len(value)}: {value[:50]!r}.")
-    if "\0" in value or not value.isprintable():
+    if not value.isprintable():
         raise ValueError(f"{name} takes printable characters, found {value!r}.")
 
 
@@ -97,7 +101,7 @@ def _check_attributes(attributes: Any) -> None:
         raise SerializationError(
             f"they must be plain JSON, so that they can be searched: {error}. Pass text and numbers.", "attributes"
         ) from error
-    if "\\u0000" in text:
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
         raise SerializationError("they hold a NUL character, which a database cannot search. Remove it.", "attributes")
 
 
@@ -224,11 +228,7 @@ def look(alias: str, run_id: str) -> End | None:
         case RunStatus.SUCCEEDED:
             return End(value=payloads.load(run.output, f"The result of run {run_id}"))
         case RunStatus.FAILED:
-            error = load_exception(run.exception)
-            # Unless the workflow was left by a StepFailed, this one stands for an exception that is not to be rebuilt.
-            if type(error) is StepFailed and "StepFailed" not in run.error.partition(":")[0]:
-                error = RunFailed(run_id, error.type_name, error.text)
-            return End(error=error)
+            return End(error=load_exception(run.exception, otherwise=partial(RunFailed, run_id)))
         case RunStatus.CANCELLED:
             return End(error=RunCancelled(run_id, run.cancel_reason))
         case RunStatus.DEAD:
@@ -256,9 +256,12 @@ def pauses() -> Iterator[float]:
 
 def _finish_here(lease: Lease, run_id: str) -> End:
     """Wait for a run's end, executing it here whenever it is due and nobody else does: there may be no worker."""
-    for pause in pauses():
+    for count, pause in enumerate(pauses()):
         if (end := look(lease.alias, run_id)) is not None:
             return end
+        if count % 4 == 0:
+            bury(lease.alias)
+            recover(lease.alias, spread=lease.stored)
         claims.wake_due(lease.alias)
         lease = lease if lease.valid() else inline_lease(lease.alias)
         for claim in claims.claim(lease, 1, run_id=run_id):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import Error, connections
@@ -27,6 +28,7 @@ from django_durable.exceptions import (
     NonDeterminism,
     Parked,
     QueryOutsideStep,
+    RunFailed,
     SerializationError,
 )
 from django_durable.models import StepCheckpoint, WorkflowRun
@@ -149,7 +151,8 @@ def _fail(context: RunContext, error: BaseException) -> End | None:
     exception = dump_exception(final)
     if not _settle(context, RunStatus.FAILED, exception=exception, **stored):
         return None
-    return End(error=load_exception(exception).with_traceback(error.__traceback__))
+    raised = load_exception(exception, otherwise=partial(RunFailed, context.run_id))
+    return End(error=raised.with_traceback(error.__traceback__))
 
 
 def _halt(context: RunContext, error: DurableError) -> End | None:

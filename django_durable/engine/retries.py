@@ -78,6 +78,8 @@ def policy(
 
 
 def _errors(given: Any, name: str) -> Errors:
+    if not isinstance(given, type | tuple | list | set | frozenset):
+        raise TypeError(f"{name} takes exception classes, found {given!r}.")
     found = (given,) if isinstance(given, type) else tuple(given)
     for item in found:
         if not (isinstance(item, type) and issubclass(item, BaseException)):

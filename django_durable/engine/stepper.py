@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from typing import Any, Protocol
 
 from django.db import Error, connections
@@ -17,7 +18,14 @@ from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import RunContext, StepContext, before_step
 from django_durable.engine.parking import park
 from django_durable.engine.retries import RetryPolicy, jittered
-from django_durable.exceptions import Halt, InsideTransaction, NonDeterminism, SerializationError, StepTimeout
+from django_durable.exceptions import (
+    Halt,
+    InsideTransaction,
+    NonDeterminism,
+    SerializationError,
+    StepFailed,
+    StepTimeout,
+)
 from django_durable.models import StepCheckpoint
 from django_durable.serialization import describe_exception, dump_exception, load_exception
 from django_durable.states import StepKind, StepStatus
@@ -70,7 +78,7 @@ def perform(context: RunContext, step: StepDefinition, args: tuple[Any, ...], kw
 def answer(context: RunContext, recorded: StepCheckpoint) -> Any:
     """Return or raise a recorded outcome, the first time as on every replay."""
     if recorded.status == StepStatus.FAILED:
-        error = load_exception(recorded.exception, step=recorded.name)
+        error = load_exception(recorded.exception, otherwise=partial(StepFailed, step=recorded.name))
         raise context.deliver(error, recorded.position)
     try:
         return payloads.load(recorded.output, f"Run {context.run_id}, step {recorded.position} ({recorded.name})")

@@ -9,6 +9,7 @@ the exception could not be rebuilt exactly.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any
@@ -182,8 +183,8 @@ def dump_exception(exc: BaseException, *, limit: int = 256 * 1024) -> str:
     return to_json(failure)
 
 
-def load_exception(text: str, *, step: str = "") -> BaseException:
-    """Return the exception that `dump_exception` stored, or the StepFailed that stands for one without a usable class.
+def load_exception(text: str, *, otherwise: Callable[[str, str], BaseException] = StepFailed) -> BaseException:
+    """Return the exception that `dump_exception` stored, or ``otherwise(type_name, text)`` if its class is unusable.
 
     Raises SerializationError if the text is not a stored exception at all.
     """
@@ -196,7 +197,7 @@ def load_exception(text: str, *, step: str = "") -> BaseException:
             revived = loads(text)
             if type(revived) is dict and isinstance(revived["error"], BaseException):
                 return revived["error"]
-    return StepFailed(failure["type"], failure["text"], step)
+    return otherwise(failure["type"], failure["text"])
 
 
 # --- for people

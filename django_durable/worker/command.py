@@ -58,9 +58,7 @@ def run_worker(
             if health_port is not None:
                 stack.enter_context(serve_health(health_port, lambda: job.ready))
             if autoreload:
-                # The reloader ends the process from its main thread.
-                atexit.register(job.stop, at_once=True)
-                job.run()
+                _run_until_reloaded(job)
             else:
                 run_until_signalled(job)
 
@@ -70,6 +68,21 @@ def run_worker(
         run_with_reloader(main)
     else:
         main()
+
+
+def _run_until_reloaded(job: Job) -> None:
+    """Run the job here; the reloader ends the process from its main thread, and what runs is handed back before."""
+    ended = threading.Event()
+
+    def finish() -> None:
+        job.stop(at_once=True)
+        ended.wait(timeout=5)
+
+    atexit.register(finish)
+    try:
+        job.run()
+    finally:
+        ended.set()
 
 
 def log_to_stderr(verbosity: int) -> None:

@@ -13,7 +13,7 @@ _lock = threading.Lock()
 _running: tuple[int, Worker, threading.Thread] | None = None
 
 
-def start_embedded_worker(**kwargs: object) -> None:
+def start_embedded_worker() -> None:
     """Start the worker at the process's first request: not at import, before a server's fork or in a command."""
     global _running
     if _running is not None and _running[0] == os.getpid():

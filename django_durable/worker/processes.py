@@ -96,7 +96,7 @@ class Supervisor:
         process, slot.process = slot.process, None
         code = process.exitcode
         process.close()
-        if code == 0:
+        if code == 0 and (self._stopping.is_set() or self.settings["burst"]):
             return
         logger.warning("A worker process ended with exit code %s", code)
         try:

@@ -4,6 +4,7 @@ import errno
 import json
 import urllib.error
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 
 import pytest
@@ -308,7 +309,7 @@ def test_what_cannot_be_rebuilt_is_recorded_all_the_same(name):
     text = dump_exception(exc)
     assert len(text) <= 256 * 1024
     assert text.isascii()
-    back = load_exception(text, step="charge")
+    back = load_exception(text, otherwise=partial(StepFailed, step="charge"))
     if type(back) is StepFailed:
         assert "step 'charge' failed with " in str(back)
         assert "\0" not in str(back).encode().decode()
@@ -344,7 +345,7 @@ def test_the_stand_in_says_what_it_stands_for():
     class Local(Exception):
         pass
 
-    back = again(Local("no money\0"), step="charge")
+    back = again(Local("no money\0"), otherwise=partial(StepFailed, step="charge"))
     assert type(back) is StepFailed
     assert back.type_name.endswith("Local")
     assert back.text == "no money\\x00"
@@ -361,7 +362,7 @@ def test_a_large_exception_keeps_its_start_and_its_end():
 
 def test_a_class_that_is_gone_by_now_becomes_the_stand_in():
     text = dump_exception(CardDeclined("stolen")).replace("samples:CardDeclined", "samples:Renamed")
-    back = load_exception(text, step="charge")
+    back = load_exception(text, otherwise=partial(StepFailed, step="charge"))
     assert type(back) is StepFailed
     assert back.type_name == "tests.serialization.samples.CardDeclined"
     assert back.text == "declined: stolen"
