@@ -60,7 +60,9 @@ class RunHandle:
                 return operations.value_of(end)
             if timeout is None and connections[self.database].in_atomic_block:
                 raise InsideTransaction.waiting(self.id, self.database)
-            time.sleep(self._pause(pause, until, timeout))
+            if (left := _left(until)) <= 0:
+                raise self._timed_out(timeout, self.status)
+            time.sleep(min(pause, left))
 
     async def aresult(self, timeout: float | None = None) -> Any:
         """See result()."""
@@ -68,15 +70,12 @@ class RunHandle:
         for pause in operations.pauses():
             if (end := await sync_to_async(operations.look)(self.database, self.id)) is not None:
                 return operations.value_of(end)
-            await asyncio.sleep(self._pause(pause, until, timeout))
+            if (left := _left(until)) <= 0:
+                raise self._timed_out(timeout, await self.astatus())
+            await asyncio.sleep(min(pause, left))
 
-    def _pause(self, pause: float, until: float | None, timeout: float | None) -> float:
-        if until is None:
-            return pause
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"Run {self.id} has not ended after {timeout:g} s; it is {self.status}.")
-        return min(pause, left)
+    def _timed_out(self, timeout: float | None, status: str) -> TimeoutError:
+        return TimeoutError(f"Run {self.id} has not ended after {timeout:g} s; it is {status}.")
 
     def cancel(self, reason: str = "") -> bool:
         """Cancel the run, in the caller's transaction. Returns whether that changed anything: an ended run stays.
@@ -109,6 +108,10 @@ class RunHandle:
     async def aresume(self) -> bool:
         """See resume()."""
         return await sync_to_async(self.resume)()
+
+
+def _left(until: float | None) -> float:
+    return float("inf") if until is None else until - time.monotonic()
 
 
 def get_run(run_id: str, database: str | None = None) -> RunHandle:

@@ -16,7 +16,8 @@ from django_durable.states import RunStatus, StepStatus
 logger = logging.getLogger("django_durable.run")
 
 _END_LEVELS = {RunStatus.FAILED: logging.ERROR, RunStatus.DEAD: logging.ERROR, RunStatus.CANCELLED: logging.WARNING}
-_STEP_LEVELS = {StepStatus.RETRYING: logging.WARNING, StepStatus.FAILED: logging.WARNING}
+# An error that the workflow expects, a declined card, is recorded as FAILED too: no warning, unless it ends the run.
+_STEP_LEVELS = {StepStatus.RETRYING: logging.WARNING, StepStatus.FAILED: logging.INFO}
 
 
 def _log(level: int, message: str, *args: Any, step: str | None = None, **facts: Any) -> None:

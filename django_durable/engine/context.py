@@ -23,6 +23,7 @@ class RunContext:
         "alias",
         "attempt",
         "busy",
+        "cancelling",
         "definition",
         "delivered",
         "ended",
@@ -53,6 +54,8 @@ class RunContext:
         self.step: StepContext | None = None
         # The errors that the workflow was shown: (error, position, last position given by then).
         self.delivered: list[tuple[BaseException, int, int]] = []
+        # Why the run is to be cancelled before its next step: its deadline, or a wish that committed with a step.
+        self.cancelling: str | None = None
         # Set when this execution may not go on. Whatever the workflow catches, its next step meets it again.
         self.ended: BaseException | None = None
         # Inside a step, or the engine's own statements: where STRICT lets queries pass.
@@ -81,7 +84,9 @@ class RunContext:
             raise self.end(LeaseLost(f"run {self.run_id} has another owner"))
         deadline = self.run.deadline
         if deadline is not None and self.lease.clock.now() >= deadline:
-            raise self.end(Cancelled("timeout"))
+            self.cancelling = "timeout"
+        if self.cancelling is not None:
+            raise self.end(Cancelled(self.cancelling))
 
     def failure_origin(self, error: BaseException) -> tuple[int, int] | None:
         """Find the step whose error left the workflow: in the error's chain, else the last failed one."""
@@ -105,12 +110,13 @@ class RunContext:
 class StepContext:
     """One try of a step."""
 
-    __slots__ = ("attempt", "name", "position", "run")
+    __slots__ = ("atomic", "attempt", "name", "position", "run")
 
-    def __init__(self, run: RunContext, position: int, name: str, attempt: int) -> None:
+    def __init__(self, run: RunContext, position: int, name: str, attempt: int, *, atomic: bool) -> None:
         self.run = run
         self.position = position
         self.name = name
+        self.atomic = atomic
         self.attempt = attempt
 
 

@@ -275,11 +275,20 @@ def _finish_here(lease: Lease, run_id: str) -> End:
 
 
 def cancel(alias: str, run_id: str, reason: str = "") -> bool:
-    """Cancel an unfinished run, in the caller's transaction; False: it had ended, or there is none."""
+    """Cancel an unfinished run, in the caller's transaction; False: it had ended, or there is none.
+
+    An atomic step's own run is cancelled behind the step: in its transaction, the fence would refuse its checkpoint.
+    """
+    reason = clean_text(reason)
+    context = current_run()
+    own = context is not None and (context.run_id, context.alias) == (run_id, alias)
+    if own and context is not None and context.step is not None and context.step.atomic:
+        context.cancelling = reason
+        return True
     runs = WorkflowRun.objects.using(alias).filter(pk=run_id)
     if not runs.move(
         RunStatus.CANCELLED,
-        cancel_reason=clean_text(reason),
+        cancel_reason=reason,
         finished_at=DatabaseNow(),
         wake_at=None,
         waiting_for="",

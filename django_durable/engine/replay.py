@@ -58,6 +58,8 @@ def execute(claim: Claim, lease: Lease) -> End | None:
             # What the body has swallowed ends it all the same.
             if context.ended is not None:
                 raise context.ended
+            if context.cancelling is not None:
+                raise Cancelled(context.cancelling)
         return _succeed(context, value)
     except Parked:
         return None
@@ -67,9 +69,9 @@ def execute(claim: Claim, lease: Lease) -> End | None:
         with suppress(LeaseLost):
             checkpoints.persist(context, lambda: hand_back(held))
         return None
-    except Cancelled as reason:
-        if reason.args[0] == "timeout":
-            _settle(context, RunStatus.CANCELLED, cancel_reason="timeout")
+    except Cancelled:
+        if context.cancelling is not None:
+            _settle(context, RunStatus.CANCELLED, cancel_reason=context.cancelling)
         return None
     except Halt as halt:
         return _halt(context, halt.error)

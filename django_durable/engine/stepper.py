@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
 
-from django.db import Error, connections
+from django.db import Error, connections, transaction
 
 from django_durable import compat
 from django_durable.compat import Trouble
@@ -122,6 +122,8 @@ class _Execution:
                 return run_once()
             except Exception as error:
                 failure = error
+                # What the step asked for went with its transaction.
+                self.context.cancelling = None
             delay = self.step.retry.wait(failure, self.tries)
             if delay is None:
                 return self._record_failure(failure)
@@ -131,7 +133,7 @@ class _Execution:
     def _call(self) -> str:
         """Run the user's function and return its value as it will be stored."""
         context = self.context
-        context.step = StepContext(context, self.position, self.step.name, self.tries)
+        context.step = StepContext(context, self.position, self.step.name, self.tries, atomic=self.step.atomic)
         try:
             value = self.step.func(*self.args, **self.kwargs)
         finally:
@@ -202,6 +204,7 @@ class _Execution:
                     return self._mirror(stands) if elsewhere else stands
                 if final:
                     raise self._explained(error) from error.__cause__
+                context.cancelling = None
             context.guard()
         raise AssertionError("unreachable: the last rerun returns or raises")
 
@@ -270,7 +273,7 @@ class _Execution:
         if state in compat.TIMEOUT_STATES and self.step.timeout is not None:
             connections[self.step.using or self.context.alias].close_if_unusable_or_obsolete()
             return StepTimeout(self.step.name, self.context.run_id, self.step.timeout)
-        if state == compat.ABORTED_STATE:
+        if state == compat.ABORTED_STATE or isinstance(error, transaction.TransactionManagementError):
             error.add_note(
                 f"{self.place} caught a database error and went on; the database had already undone its transaction, "
                 "so nothing of this try was stored. Let the error leave the step, or put what may fail into "
