@@ -363,7 +363,7 @@ def sqlite_lets_read_while_writing(connection: Any) -> Messages:
         yield Warning(
             f"Database {connection.alias!r} holds runs and is SQLite without a write-ahead log: whoever writes waits "
             "for all who read, and they for whoever writes.",
-            hint='Set "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL" in its OPTIONS. If the '
+            hint='Set "init_command": "PRAGMA journal_mode=WAL" in its OPTIONS. If the '
             "file has been set to WAL by other means, silence this check.",
             id="django_durable.W012",
         )

@@ -7,6 +7,7 @@ surrogates and NaN, after a step's effect has happened. Only `attributes`, made 
 from __future__ import annotations
 
 from django.apps import apps
+from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
@@ -152,7 +153,11 @@ class WorkflowRun(models.Model):
             model = apps.get_model(self.related_model)
         except (LookupError, ValueError):
             return None
-        found: models.Model | None = model._base_manager.filter(pk=self.related_id).first()
+        try:
+            found: models.Model | None = model._base_manager.filter(pk=self.related_id).first()
+        except (TypeError, ValueError, ValidationError):
+            # The model's key has another type by now.
+            return None
         return found
 
     @related.setter

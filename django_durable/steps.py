@@ -108,7 +108,8 @@ def step(
     `give_up_on`: an exception of `retry_on` and not of `give_up_on` is tried again, up to `max_attempts` calls in
     all, after ``min(retry_max_delay, retry_delay * retry_backoff ** (k - 1))`` seconds, give or take 10 %, behind
     the k-th. `RetryAfter` and `GiveUp`, raised by the function, decide for themselves.
-    `timeout`: seconds; for an atomic step, the database's statement and transaction timeout, where it has one.
+    `timeout`: seconds; an atomic step's is the database's statement and transaction timeout, where it has one, and
+    ends in `StepTimeout`. A plain function outside a transaction cannot be stopped: give its client a timeout.
     `isolation`: "read committed", "repeatable read" or "serializable", where the database has it.
 
     Outside a workflow the step is the plain function, in ``atomic()`` if it is atomic; inside another step it is a

@@ -27,24 +27,26 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         lease, failing = self.lease, False
+        # A worker's loop looks by itself for what was cancelled; a web process has this thread alone.
+        beat = options().HEARTBEAT_SECONDS
+        interval = min(beat, options().POLL_INTERVAL) if lease.kind == "web" else beat
         try:
-            while not self.done.wait(options().HEARTBEAT_SECONDS) and not lease.lost:
+            while not self.done.wait(interval) and not lease.lost:
                 if lease.kind == "web" and not lease.active:
+                    # A web process's connections are counted; an idle one of ours would also keep a test's database
+                    # from being dropped.
+                    connections[lease.alias].close()
                     if lease.age > lease.seconds:
                         break
                     continue
                 try:
-                    if lease.renew():
+                    if lease.age < beat * 0.9 or lease.renew():
                         lease.check_active()
                     failing = False
                 except Error as error:
                     if not failing:
                         logger.warning("No heartbeat for %s: %s", lease.id, str(error).strip())
                     failing = True
-                    connections[lease.alias].close()
-                if lease.kind == "web":
-                    # A web process owns its connection budget; an idle one of ours would also keep a test's
-                    # database from being dropped.
                     connections[lease.alias].close()
         finally:
             connections[lease.alias].close()

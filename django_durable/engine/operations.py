@@ -302,6 +302,7 @@ def cancel(alias: str, run_id: str, reason: str = "") -> bool:
             claims.announce_end(run, alias, RunStatus.CANCELLED, run.worker)
 
     transaction.on_commit(announce, using=alias, robust=True)
+    ring_after_commit(alias)
     return True
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
+from types import TracebackType
 from typing import Any, Protocol
 
 from django.db import Error, connections, transaction
@@ -70,16 +71,20 @@ def perform(context: RunContext, step: StepDefinition, args: tuple[Any, ...], kw
                 return answer(context, recorded)
         if compat.in_users_transaction(connections[context.alias]):
             raise InsideTransaction.step(step.name, context.run_id, context.alias)
-        return answer(context, _Execution(context, step, position, recorded, args, kwargs).outcome())
+        execution = _Execution(context, step, position, recorded, args, kwargs)
+        return answer(context, execution.outcome(), execution.traceback)
     finally:
         context.busy = False
 
 
-def answer(context: RunContext, recorded: StepCheckpoint) -> Any:
-    """Return or raise a recorded outcome, the first time as on every replay."""
+def answer(context: RunContext, recorded: StepCheckpoint, traceback: TracebackType | None = None) -> Any:
+    """Return or raise a recorded outcome, the first time as on every replay.
+
+    The first time an error still has its `traceback`, so that the run's own tells where it came from.
+    """
     if recorded.status == StepStatus.FAILED:
         error = load_exception(recorded.exception, otherwise=partial(StepFailed, step=recorded.name))
-        raise context.deliver(error, recorded.position)
+        raise context.deliver(error, recorded.position).with_traceback(traceback)
     try:
         return payloads.load(recorded.output, f"Run {context.run_id}, step {recorded.position} ({recorded.name})")
     except SerializationError as error:
@@ -108,6 +113,7 @@ class _Execution:
         self.retrying = recorded is not None
         self.tries = recorded.attempts if recorded is not None else 0
         self.started_at: datetime = context.lease.clock.now()
+        self.traceback: TracebackType | None = None
         self.place = f"Run {context.run_id}, step {position} ({step.name})"
 
     def outcome(self) -> StepCheckpoint:
@@ -199,7 +205,7 @@ class _Execution:
                 # answer to the COMMIT was lost, or if what failed had been left for after the commit.
                 if row is not None and (stands := checkpoints.found(context, self.position, alias)) is not None:
                     if not isinstance(error, Error):
-                        logger.exception("%s: a callback after its commit failed", self.place)
+                        self._log_callback()
                     checkpoints.announce(context, stands)
                     return self._mirror(stands) if elsewhere else stands
                 if final:
@@ -207,6 +213,12 @@ class _Execution:
                 context.cancelling = None
             context.guard()
         raise AssertionError("unreachable: the last rerun returns or raises")
+
+    def _log_callback(self) -> None:
+        run = self.context.run
+        extra = {"run_id": run.pk, "workflow": run.workflow, "step": self.step.name, "attempt": run.attempt}
+        extra |= {"database": self.context.alias, "worker": self.context.lease.id}
+        logger.exception("%s: a callback after its commit failed", self.place, extra=extra)
 
     def _insert(self, row: StepCheckpoint, elsewhere: bool) -> None:
         """The checkpoint, as the last statement of the step's transaction."""
@@ -234,6 +246,7 @@ class _Execution:
 
     def _record_failure(self, error: Exception) -> StepCheckpoint:
         final = RetryPolicy.final(error)
+        self.traceback = error.__traceback__
         failed = Outcome(StepStatus.FAILED, error=describe_exception(error), exception=dump_exception(final))
         return self._record(failed, effect_happened=not self.step.atomic)
 

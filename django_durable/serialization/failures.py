@@ -8,6 +8,7 @@ the exception could not be rebuilt exactly.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,6 +35,7 @@ from django_durable.serialization.types import (
 __all__ = ["clean_text", "describe_exception", "dump_exception", "load_exception"]
 
 DESCRIPTION_LIMIT = 32 * 1024
+_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _MAX_CAUSES = 8
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, not part of the interpreter
 
@@ -210,11 +212,24 @@ def describe_exception(exc: BaseException) -> str:
     """
     headline = " ".join(_text_of(exc, 2000).split())
     try:
-        lines = "".join(traceback.format_exception(exc))
+        told = traceback.TracebackException.from_exception(exc)
+        _leave_out_our_frames(told)
+        lines = "".join(told.format())
     except BaseException as error:  # formatting runs the exception's own code
         lines = f"(its traceback could not be formatted: {type(error).__name__})"
     first = f"{_type_name(exc)}: {headline}" if headline else _type_name(exc)
     return f"{first}\n{_shorten(clean_text(lines), DESCRIPTION_LIMIT - len(first) - 1)}"
+
+
+def _leave_out_our_frames(told: traceback.TracebackException) -> None:
+    """Between a workflow's line and its step's lie the engine's, the same in every traceback."""
+    links: list[traceback.TracebackException | None] = [told]
+    while links:
+        link = links.pop()
+        if link is not None:
+            theirs = [frame for frame in link.stack if not frame.filename.startswith(_OUR_FOLDER)]
+            link.stack = traceback.StackSummary.from_list(theirs or list(link.stack))
+            links += [link.__cause__, link.__context__, *(link.exceptions or ())]
 
 
 def clean_text(text: str) -> str:

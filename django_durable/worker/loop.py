@@ -30,6 +30,9 @@ logger = logging.getLogger("django_durable.worker")
 # The pause after something has happened; it doubles while nothing does, up to POLL_INTERVAL.
 SHORT_PAUSE = 0.01
 
+# A bell may mean that a run was cancelled; so long at least lies between two looks at those that are executed here.
+CHECK_PAUSE = 0.1
+
 # Other workers' lost sessions mean their deaths only when ours has stood for so long: after the database's restart
 # they come back one by one. Seconds.
 TRUSTED_SESSION = 10.0
@@ -76,6 +79,7 @@ class Worker:
         self._pause = SHORT_PAUSE
         self._swept_at = 0.0
         self._looked_at = 0.0
+        self._checked_at = 0.0
         self._strays: dict[str, tuple[int, float]] = {}
         self._missed: dict[str, float] = {}
         self._unknown: set[str] = set()
@@ -174,8 +178,9 @@ class Worker:
             look = self._look()
             self._looked_at = now
             acted = self._follow(look, sweep)
-            if poll:
-                self.lease.check_active()
+        if poll or (rung and now - self._checked_at >= CHECK_PAUSE):
+            self.lease.check_active()
+            self._checked_at = now
         if rung or acted or (look is not None and look.due):
             if self.pool.free:
                 acted |= self._claim()
