@@ -143,6 +143,15 @@ def set_transaction(connection: Any, isolation: str | None, timeout: float | Non
                 cursor.execute(f"SET LOCAL transaction_timeout = {limit}")
 
 
+def limit_lock_wait(connection: Any, seconds: float) -> None:
+    """Let this connection's statements fail when a lock is not theirs in time."""
+    milliseconds = int(seconds * 1000)
+    statements = {"sqlite": f"PRAGMA busy_timeout = {milliseconds}", "postgresql": f"SET lock_timeout = {milliseconds}"}
+    if statement := statements.get(connection.vendor):
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+
+
 def in_transaction(connection: Any) -> bool:
     """Whether the driver is inside a transaction now; True where it cannot tell.
 

@@ -24,6 +24,12 @@ from django_durable.states import UNFINISHED, RunStatus
 # What a sweep moves at a time.
 BATCH = 500
 
+# A run that was under way in so many crashes may be their cause. A worker executes it with nothing beside it, so that
+# it takes no neighbours along, and none of them is blamed for its crashes.
+SUSPECT_RECOVERIES = 2
+# A worker that is never idle stops taking others when one has waited so long. Seconds.
+SUSPECT_PATIENCE = 30.0
+
 
 class Claim(NamedTuple):
     """A run that is ours to execute, with all that was recorded of it."""
@@ -33,10 +39,13 @@ class Claim(NamedTuple):
     recorded: dict[int, StepCheckpoint]
 
 
-def claim(lease: Lease, limit: int, *, queues: Iterable[str] = (), run_id: str | None = None) -> list[Claim]:
+def claim(
+    lease: Lease, limit: int, *, queues: Iterable[str] = (), run_id: str | None = None, busy: bool = False
+) -> list[Claim]:
     """Take up to `limit` due runs, by priority and then age, and return them with their checkpoints.
 
-    Of all queues if none is named. Workflows that this process does not know are left to one that does.
+    Of all queues if none is named. Workflows that this process does not know are left to one that does. A `busy`
+    process executes others already: it takes no suspect.
     """
     due = WorkflowRun.objects.using(lease.alias).pending().filter(workflow__in=registry.names())
     if queues := list(queues):
@@ -49,6 +58,7 @@ def claim(lease: Lease, limit: int, *, queues: Iterable[str] = (), run_id: str |
         return []
     with compat.write_transaction(lease.alias):
         runs = list(due.select_for_update(skip_locked=locking).order_by("-priority", "run_after", "pk")[:limit])
+        runs = runs if run_id is not None else _apart(runs, lease, busy)
         if not runs:
             return []
         started = lease.clock.now()
@@ -73,6 +83,21 @@ def claim(lease: Lease, limit: int, *, queues: Iterable[str] = (), run_id: str |
         run.attempt += 1
         run.started_at = run.started_at or started
     return _with_history(lease, runs)
+
+
+def is_suspect(run: WorkflowRun) -> bool:
+    return run.recoveries >= SUSPECT_RECOVERIES
+
+
+def _apart(runs: list[WorkflowRun], lease: Lease, busy: bool) -> list[WorkflowRun]:
+    """Of the due runs, those that may be executed together: one suspect, or none."""
+    suspects = [run for run in runs if is_suspect(run)]
+    if not suspects:
+        return runs
+    if not busy:
+        return suspects[:1]
+    waited = lease.clock.now() - min(run.run_after for run in suspects)
+    return [] if waited.total_seconds() > SUSPECT_PATIENCE else [run for run in runs if not is_suspect(run)]
 
 
 def _with_history(lease: Lease, runs: list[WorkflowRun]) -> list[Claim]:

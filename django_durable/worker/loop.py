@@ -76,6 +76,8 @@ class Worker:
         self._listener: Listener | None = None
         # The last claim was a full one: there is more, and every free thread is to ask for it.
         self._more = False
+        # What is executed now is a suspect, with nothing beside it.
+        self._alone = False
         self._pause = SHORT_PAUSE
         self._swept_at = 0.0
         self._looked_at = 0.0
@@ -261,11 +263,15 @@ class Worker:
         return acted
 
     def _claim(self) -> bool:
-        limit = self.pool.free
-        claimed = claims.claim(self.lease, limit, queues=self.queues)
+        limit, busy = self.pool.free, self.pool.busy > 0
+        if busy and self._alone:
+            self._more = True
+            return False
+        claimed = claims.claim(self.lease, limit, queues=self.queues, busy=busy)
+        self._alone = any(claims.is_suspect(claim.run) for claim in claimed)
         for claim in claimed:
             self.pool.submit(claim, self.lease)
-        self._more = len(claimed) == limit
+        self._more = len(claimed) == limit or self._alone
         return bool(claimed)
 
     def _return_strays(self) -> bool:
@@ -337,12 +343,13 @@ class Worker:
         held = len(self.lease.active)
         for _ in range(3):
             try:
+                # On SQLite a step that did not end keeps everybody else from writing, and us from ending.
+                compat.limit_lock_wait(connections[self.alias], 0.5)
                 self.lease.remove()
             except Error:
                 connections[self.alias].close()
-                time.sleep(0.2)
             else:
                 return held
-        # The lease runs out by itself.
-        logger.warning("The database does not answer; what worker %s held is recovered by others", self.lease.id)
+        # Others see that this process is dead, or its lease runs out.
+        logger.warning("The database does not let go of the runs of worker %s; others recover them", self.lease.id)
         return held

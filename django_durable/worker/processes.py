@@ -11,13 +11,12 @@ from multiprocessing.connection import wait
 from typing import Any
 from uuid import uuid4
 
-import django
 from django.db import Error, connections
 
 from django_durable.clock import DatabaseNow
-from django_durable.conf import options
 from django_durable.engine import leases
 from django_durable.models import Worker as WorkerRow
+from django_durable.worker import child
 
 logger = logging.getLogger("django_durable.worker")
 
@@ -61,9 +60,10 @@ class Supervisor:
         for slot in self._slots:
             self._start(slot)
         killing_at = None
-        while any(slot.process is not None for slot in self._slots):
+        # One that is to be started again counts: all may be dead for a moment.
+        while any(slot.process is not None or slot.restart_at is not None for slot in self._slots):
             sentinels = [slot.process.sentinel for slot in self._slots if slot.process is not None]
-            for ready in wait([*sentinels, self._wake_in], timeout=0.5):
+            for ready in wait([*sentinels, self._wake_in], timeout=0.1 if len(sentinels) < len(self._slots) else 0.5):
                 if ready is self._wake_in:
                     self._wake_in.recv()
                     self._pass_on_stop()
@@ -82,7 +82,9 @@ class Supervisor:
         slot.worker_id = uuid4().hex
         slot.started_at = time.monotonic()
         slot.process = _spawn.Process(
-            target=_work, args=(self.alias, slot.worker_id, os.getpid(), self.verbosity, self.settings), daemon=False
+            target=child.work,
+            args=(self.alias, slot.worker_id, os.getpid(), self.verbosity, self.settings),
+            daemon=False,
         )
         slot.process.start()
 
@@ -124,22 +126,3 @@ class _Slot:
     started_at = 0.0
     restart_at: float | None = None
     deaths = 0
-
-
-def _work(alias: str, worker_id: str, parent: int, verbosity: int, settings: dict[str, Any]) -> None:
-    """A worker process, from its first line."""
-    django.setup()
-    from django_durable.worker.command import log_to_stderr, run_until_signalled
-    from django_durable.worker.loop import Worker
-
-    log_to_stderr(verbosity)
-    worker = Worker(alias, worker_id=worker_id, **settings)
-    threading.Thread(target=_stop_without, args=(parent, worker), name="parent-watch", daemon=True).start()
-    run_until_signalled(worker)
-
-
-def _stop_without(parent: int, worker: Any) -> None:
-    """End in order when the supervisor has died: nobody else would ever stop or replace this process."""
-    while os.getppid() == parent:
-        time.sleep(options().POLL_INTERVAL)
-    worker.stop()
