@@ -28,9 +28,10 @@ class Trouble(Enum):
     OTHER = "other"
 
 
-# PostgreSQL: connection exceptions; shutdown and start-up; idle-in-transaction timeout; read-only server after a
-# failover; too many connections.
-_LOST_STATES = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "25006", "53300")
+# PostgreSQL: connection exceptions, shutdown, idle timeouts.
+_BROKEN_STATES = ("08", "57P01", "57P02", "57P05", "25P03")
+# Starting up; read-only, after a failover; too many connections.
+_AWAY_STATES = frozenset({"57P03", "25006", "53300"})
 # Serialization failure, deadlock, lock not available, disk full.
 _AGAIN_STATES = ("40001", "40P01", "55P03", "53100")
 # MySQL and MariaDB: server gone, lost, read-only; deadlock, lock wait timeout, record changed.
@@ -44,16 +45,20 @@ TIMEOUT_STATES = frozenset({"57014", "25P04"})
 ABORTED_STATE = "25P02"
 
 
-def trouble(error: BaseException, connection: Any) -> Trouble:
-    """Judge a database error by SQLSTATE and the connection's state: its class alone misleads (25P03 is internal).
+def trouble(error: BaseException, *, broken: bool) -> Trouble:
+    """Judge a database error by SQLSTATE and by whether our connection broke: its class misleads (25P03 is internal).
 
-    Call it outside the failed transaction: a broken transaction looks like a broken connection.
+    Whether it is `broken` the caller knows: behind a failed transaction Django has closed a broken connection and
+    opened another, which answers well.
     """
     if not isinstance(error, Error):
         return Trouble.OTHER
     cause = error.__cause__
     if state := sqlstate(error):
-        if state.startswith(_LOST_STATES):
+        # Told by some other database's server, it is the caller's own error.
+        if state.startswith(_BROKEN_STATES):
+            return Trouble.LOST if broken else Trouble.OTHER
+        if state in _AWAY_STATES:
             return Trouble.LOST
         return Trouble.AGAIN if state in _AGAIN_STATES else Trouble.OTHER
     if isinstance(cause, sqlite3.Error):
@@ -64,9 +69,7 @@ def trouble(error: BaseException, connection: Any) -> Trouble:
     if number in _AGAIN_NUMBERS:
         return Trouble.AGAIN
     # No code at all: the driver speaks for itself, because the server no longer could.
-    if isinstance(error, OperationalError | InterfaceError) and not usable(connection):
-        return Trouble.LOST
-    return Trouble.OTHER
+    return Trouble.LOST if broken and isinstance(error, OperationalError | InterfaceError) else Trouble.OTHER
 
 
 def sqlstate(error: BaseException) -> str | None:

@@ -235,7 +235,11 @@ class RetryAfter(DurableError):
 
 
 class LeaseLost(BaseException):
-    """Another process owns this run now; whatever this one still does for it is not recorded."""
+    """The run may not go on here; whatever this process still does for it is not recorded. `crashed`: as by a crash."""
+
+    def __init__(self, reason: str, *, crashed: bool = False) -> None:
+        self.crashed = crashed
+        super().__init__(reason)
 
 
 class Parked(BaseException):

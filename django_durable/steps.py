@@ -130,7 +130,7 @@ def step(
             timeout=timeout,
             isolation=isolation,
         )
-    refuse_async(func, "step")
+    check_function(func, "step", name)
     if isolation is not None and str(isolation).lower() not in ISOLATION_LEVELS:
         raise ValueError(f"isolation takes one of {', '.join(ISOLATION_LEVELS)}, found {isolation!r}.")
     if not atomic and (using is not None or isolation is not None):
@@ -170,10 +170,12 @@ def checked_name(name: object, what: str) -> str:
     return name
 
 
-def refuse_async(func: Any, what: str) -> None:
+def check_function(func: Any, what: str, name: str | None) -> None:
     """Raise TypeError for what cannot be decorated."""
     if not callable(func):
         raise TypeError(f"@durable.{what} takes a function, found {type(func).__name__}: {func!r}.")
+    if name is None and not hasattr(func, "__qualname__"):
+        raise TypeError(f"@durable.{what} takes the name of a {type(func).__name__} as name=..., it has none itself.")
     if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func) or inspect.isgeneratorfunction(func):
         raise TypeError(
             f"@durable.{what} takes a plain function, and {getattr(func, '__qualname__', func)!r} is an async function "

@@ -21,7 +21,7 @@ from django_durable.engine.operations import StartOptions, check_text
 from django_durable.engine.retries import RetryPolicy, policy
 from django_durable.exceptions import InvalidInput
 from django_durable.handles import RunHandle
-from django_durable.steps import Errors, checked_name, refuse_async
+from django_durable.steps import Errors, check_function, checked_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -219,7 +219,7 @@ def workflow(
             validate=validate,
             aliases=aliases,
         )
-    refuse_async(func, "workflow")
+    check_function(func, "workflow", name)
     if not isinstance(aliases, tuple | list):
         raise TypeError(f"aliases takes a list of names, found {aliases!r}.")
     if validate is not None and not callable(validate):

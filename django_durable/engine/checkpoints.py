@@ -156,7 +156,7 @@ def record(context: RunContext, step: StepCheckpoint, *, replaces: bool, effect_
 def found(context: RunContext, position: int, alias: str | None = None) -> StepCheckpoint | None:
     """The outcome that stands at a position: ours, if only the answer to its COMMIT was lost, or another's."""
     rows = StepCheckpoint.objects.using(alias or context.alias).filter(run=context.run_id, position=position)
-    return rows.exclude(status=StepStatus.RETRYING).first()
+    return persist(context, rows.exclude(status=StepStatus.RETRYING).first, alias)
 
 
 def drop_try(context: RunContext, position: int) -> None:
@@ -175,12 +175,8 @@ def _one_commit(alias: str, *, several: bool) -> Any:
 
 def lost(context: RunContext) -> BaseException:
     """End the execution whose fence was refused, and return what to raise: Cancelled, or LeaseLost."""
-    status = (
-        WorkflowRun.objects.using(context.alias)
-        .filter(pk=context.run_id, attempt=context.attempt)
-        .values_list("status", flat=True)
-        .first()
-    )
+    ours = WorkflowRun.objects.using(context.alias).filter(pk=context.run_id, attempt=context.attempt)
+    status = persist(context, ours.values_list("status", flat=True).first)
     if status == RunStatus.CANCELLED:
         return context.end(Cancelled(f"run {context.run_id} was cancelled"))
     return context.end(LeaseLost(f"run {context.run_id} has another owner"))
@@ -191,18 +187,24 @@ def still_held(context: RunContext) -> bool:
     return WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt).exists()
 
 
-def persist(context: RunContext, write: Callable[[], T]) -> T:
-    """Repeat an idempotent write of the engine until the database has answered it.
+def reconnect(context: RunContext, alias: str) -> None:
+    """Wait until the database can be reached again."""
+    connections[alias].close()
+    persist(context, connections[alias].ensure_connection, alias)
+
+
+def persist(context: RunContext, ask: Callable[[], T], alias: str | None = None) -> T:
+    """Repeat an idempotent statement of the engine until the database has answered it.
 
     A database that is away is a pause: what is written here has happened, and giving up would lose it.
     """
     pause = 0.02
     while True:
         try:
-            return write()
+            return ask()
         except Error as error:
-            connection = connections[context.alias]
-            if connection.in_atomic_block or compat.trouble(error, connection) is Trouble.OTHER:
+            connection = connections[alias or context.alias]
+            if connection.in_atomic_block or compat.trouble(error, broken=True) is Trouble.OTHER:
                 raise
             connection.close()
         if context.lease.wait(pause):

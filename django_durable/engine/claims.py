@@ -19,6 +19,7 @@ from django_durable.engine.leases import Lease
 from django_durable.engine.registry import Definition
 from django_durable.exceptions import RunDead
 from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.querysets import RunQuerySet
 from django_durable.states import UNFINISHED, RunStatus
 
 # What a sweep moves at a time.
@@ -52,13 +53,23 @@ def claim(
         due = due.filter(queue__in=queues)
     if run_id is not None:
         due = due.filter(pk=run_id)
+    while True:
+        runs = _take(lease, due, limit, alone=run_id is not None, busy=busy)
+        claimed = _with_history(lease, runs)
+        # Where all were set aside, there may be others behind them.
+        if claimed or not runs:
+            return claimed
+
+
+def _take(lease: Lease, due: RunQuerySet, limit: int, *, alone: bool, busy: bool) -> list[WorkflowRun]:
+    """Make due runs RUNNING and ours, in one transaction."""
     locking = connections[lease.alias].features.has_select_for_update_skip_locked
     # Where a claim keeps all other writers out, look before.
     if not locking and not due.exists():
         return []
     with compat.write_transaction(lease.alias):
         runs = list(due.select_for_update(skip_locked=locking).order_by("-priority", "run_after", "pk")[:limit])
-        runs = runs if run_id is not None else _apart(runs, lease, busy)
+        runs = runs if alone else _apart(runs, lease, busy)
         if not runs:
             return []
         started = lease.clock.now()
@@ -82,7 +93,7 @@ def claim(
         run.status, run.worker, run.version = RunStatus.RUNNING, lease.id, options().VERSION
         run.attempt += 1
         run.started_at = run.started_at or started
-    return _with_history(lease, runs)
+    return runs
 
 
 def is_suspect(run: WorkflowRun) -> bool:

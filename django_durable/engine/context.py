@@ -6,7 +6,8 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from django_durable.exceptions import Cancelled, LeaseLost
+from django_durable.exceptions import Cancelled, Halt, LeaseLost, NonDeterminism
+from django_durable.states import StepStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +88,17 @@ class RunContext:
             self.cancelling = "timeout"
         if self.cancelling is not None:
             raise self.end(Cancelled(self.cancelling))
+
+    def check_end(self) -> None:
+        """Raise if the workflow returns before it has come to all that is recorded: that was another course."""
+        missed = [
+            step
+            for position, step in self.recorded.items()
+            if position > self.position and step.status != StepStatus.RETRYING
+        ]
+        if missed:
+            first = min(missed, key=lambda step: step.position)
+            raise self.end(Halt(NonDeterminism(self.run_id, first.position, first.name, "the end of the workflow")))
 
     def failure_origin(self, error: BaseException) -> tuple[int, int] | None:
         """Find the step whose error left the workflow: in the error's chain, else the last failed one."""

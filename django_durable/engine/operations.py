@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
 
 from django.db import connections, models, router, transaction
@@ -26,14 +25,13 @@ from django_durable.engine.context import current_run
 from django_durable.engine.heartbeat import inline_lease
 from django_durable.engine.ids import new_id
 from django_durable.engine.leases import Lease, bury, end_here, recover
-from django_durable.engine.replay import End, dump_input, execute, rewind
+from django_durable.engine.replay import End, dump_input, execute, failure_of, rewind
 from django_durable.exceptions import (
     Cancelled,
     InsideTransaction,
     InsideWorkflow,
     RunCancelled,
     RunDead,
-    RunFailed,
     RunIdInUse,
     RunNotFound,
     SerializationError,
@@ -61,7 +59,11 @@ class StartOptions:
             check_text("run_id", self.run_id, 200)
         if self.queue is not None:
             check_text("queue", self.queue, 100)
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) >= 2**31:
+        if (
+            isinstance(self.priority, bool)
+            or not isinstance(self.priority, int)
+            or not -(2**31) <= self.priority < 2**31
+        ):
             raise ValueError(f"priority takes a whole number of 32 bits, found {self.priority!r}.")
         if isinstance(self.run_after, datetime) and timezone.is_naive(self.run_after):
             raise ValueError(f"run_after takes a datetime with a time zone, found a naive one: {self.run_after!r}.")
@@ -97,7 +99,9 @@ def _check_attributes(attributes: Any) -> None:
     try:
         text = json.dumps(attributes, allow_nan=False, ensure_ascii=False)
         text.encode()
-    except (TypeError, ValueError) as error:
+        if json.loads(text) != attributes:
+            raise TypeError("tuples and keys that are no text would come back as others")
+    except (TypeError, ValueError, RecursionError) as error:
         raise SerializationError(
             f"they must be plain JSON, so that they can be searched: {error}. Pass text and numbers.", "attributes"
         ) from error
@@ -228,7 +232,7 @@ def look(alias: str, run_id: str) -> End | None:
         case RunStatus.SUCCEEDED:
             return End(value=payloads.load(run.output, f"The result of run {run_id}"))
         case RunStatus.FAILED:
-            return End(error=load_exception(run.exception, otherwise=partial(RunFailed, run_id)))
+            return End(error=failure_of(run_id, run.exception))
         case RunStatus.CANCELLED:
             return End(error=RunCancelled(run_id, run.cancel_reason))
         case RunStatus.DEAD:
@@ -262,13 +266,21 @@ def _finish_here(lease: Lease, run_id: str) -> End:
         if count % 4 == 0:
             bury(lease.alias)
             recover(lease.alias, spread=lease.stored)
+            claims.cancel_overdue(lease.alias)
         claims.wake_due(lease.alias)
         lease = lease if lease.valid() else inline_lease(lease.alias)
         for claim in claims.claim(lease, 1, run_id=run_id):
             if (end := execute(claim, lease)) is not None:
                 return end
-        lease.wait(pause)
+        lease.wait(pause if lease.stored else _until_due(lease.alias, run_id, pause))
     raise AssertionError("unreachable: pauses() has no end")
+
+
+def _until_due(alias: str, run_id: str, pause: float) -> float:
+    """In a test, where waiting moves the clock: the whole way at once."""
+    row = WorkflowRun.objects.using(alias).filter(pk=run_id).values_list("wake_at", DatabaseNow()).first()
+    wake_at, now = row or (None, None)
+    return pause if wake_at is None else max(pause, (wake_at - now).total_seconds())
 
 
 # -- Steer ------------------------------------------------------------------------------------------------------
@@ -279,6 +291,8 @@ def cancel(alias: str, run_id: str, reason: str = "") -> bool:
 
     An atomic step's own run is cancelled behind the step: in its transaction, the fence would refuse its checkpoint.
     """
+    if not isinstance(reason, str):
+        raise TypeError(f"cancel() takes its reason as text, found {type(reason).__name__}: {reason!r}.")
     reason = clean_text(reason)
     context = current_run()
     own = context is not None and (context.run_id, context.alias) == (run_id, alias)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
-from django.db import Error, connections
+from django.db import connections
 
 from django_durable import compat, signals
 from django_durable.clock import DatabaseNow
@@ -52,22 +52,23 @@ def execute(claim: Claim, lease: Lease) -> End | None:
     try:
         if context.attempt == 1:
             _announce_start(context)
+        # Its deadline may have passed while it waited.
+        context.guard()
+        args, kwargs = load_input(run)
         with _strict(context):
-            args, kwargs = load_input(run)
             value = definition.func(*args, **kwargs)
             # What the body has swallowed ends it all the same.
             if context.ended is not None:
                 raise context.ended
             if context.cancelling is not None:
                 raise Cancelled(context.cancelling)
+            context.check_end()
         return _succeed(context, value)
     except Parked:
         return None
-    except LeaseLost:
+    except LeaseLost as reason:
         # If the table still says it is ours, nobody else would ever take it.
-        held = WorkflowRun.objects.using(lease.alias).held(run.pk, run.attempt)
-        with suppress(LeaseLost):
-            checkpoints.persist(context, lambda: hand_back(held))
+        _give_back(context, crashed=reason.crashed)
         return None
     except Cancelled:
         if context.cancelling is not None:
@@ -83,8 +84,7 @@ def execute(claim: Claim, lease: Lease) -> End | None:
         # In a worker's thread SystemExit and its like are the workflow's own. Elsewhere they end the process.
         if lease.kind == "worker" and not isinstance(error, KeyboardInterrupt):
             return _fail(context, error)
-        held = WorkflowRun.objects.using(lease.alias).held(run.pk, run.attempt)
-        hand_back(held)
+        _give_back(context)
         raise
     finally:
         leave(entered)
@@ -120,12 +120,11 @@ def _succeed(context: RunContext, value: Any) -> End | None:
 
 def _fail(context: RunContext, error: BaseException) -> End | None:
     """Store the failure: as the end, or as a try that will be repeated after a delay."""
-    connection = connections[context.alias]
-    if isinstance(error, Error) and compat.trouble(error, connection) is Trouble.LOST and context.lease.stored:
+    a_steps = any(shown is error for shown, *_ in context.delivered)
+    if context.lease.stored and not a_steps and compat.trouble(error, broken=True) is Trouble.LOST:
         # The body met a database that went away. That is a crash of the connection, not the workflow's failure.
-        connection.close()
-        lost = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
-        checkpoints.persist(context, lambda: hand_back(lost, crashed=True))
+        connections[context.alias].close()
+        _give_back(context, crashed=True)
         return None
     final = RetryPolicy.final(error)
     run, retry = context.run, context.definition.retry
@@ -153,8 +152,14 @@ def _fail(context: RunContext, error: BaseException) -> End | None:
     exception = dump_exception(final)
     if not _settle(context, RunStatus.FAILED, exception=exception, **stored):
         return None
-    raised = load_exception(exception, otherwise=partial(RunFailed, context.run_id))
-    return End(error=raised.with_traceback(error.__traceback__))
+    return End(error=failure_of(context.run_id, exception).with_traceback(error.__traceback__))
+
+
+def failure_of(run_id: str, exception: str) -> BaseException:
+    """What a FAILED run's result raises: its own exception, or the RunFailed that stands for it."""
+    error = load_exception(exception, otherwise=partial(RunFailed, run_id))
+    # A run that ended with SystemExit in a worker must not end the process of whoever asks for its result.
+    return error if isinstance(error, Exception) else RunFailed(run_id, type(error).__name__, str(error))
 
 
 def _halt(context: RunContext, error: DurableError) -> End | None:
@@ -192,6 +197,13 @@ def _settle(context: RunContext, to: RunStatus, also: Callable[[], None] | None 
     if to is not RunStatus.WAITING:
         claims.announce_end(context.run, context.alias, to, context.lease.id)
     return True
+
+
+def _give_back(context: RunContext, *, crashed: bool = False) -> None:
+    """Make the run due again, if it still is ours."""
+    held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+    with suppress(LeaseLost):
+        checkpoints.persist(context, lambda: hand_back(held, crashed=crashed))
 
 
 def rewind(alias: str, run_id: str, origin: tuple[int, int] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -22,6 +22,7 @@ from django_durable.engine.retries import RetryPolicy, jittered
 from django_durable.exceptions import (
     Halt,
     InsideTransaction,
+    LeaseLost,
     NonDeterminism,
     SerializationError,
     StepFailed,
@@ -33,8 +34,10 @@ from django_durable.states import StepKind, StepStatus
 
 logger = logging.getLogger("django_durable.run")
 
-# How often a step whose transaction the database refused or lost is run again before its error is its own.
+# How often a step whose transaction the database refuses is run again before the error is its own.
 MAX_RERUNS = 20
+# How often one that loses its connection is run again before the run is handed back, as by a crash.
+MAX_LOSSES = 50
 
 
 class StepDefinition(Protocol):
@@ -114,6 +117,9 @@ class _Execution:
         self.tries = recorded.attempts if recorded is not None else 0
         self.started_at: datetime = context.lease.clock.now()
         self.traceback: TracebackType | None = None
+        # How often the function was run again without that being a try, and how often its connection was lost.
+        self.reruns = 0
+        self.losses = 0
         self.place = f"Run {context.run_id}, step {position} ({step.name})"
 
     def outcome(self) -> StepCheckpoint:
@@ -161,18 +167,18 @@ class _Execution:
     def _outside(self) -> StepCheckpoint:
         """No transaction is held while the function runs; its outcome is a commit of its own."""
         connection = connections[self.context.alias]
-        for last in self._reruns():
+        while True:
+            driver = connection.connection
             try:
                 output = self._call()
                 break
             except Error as error:
-                # The function's own query met a database that went away. That is a pause for the run, and the
-                # function is one that may be repeated.
-                if last or connection.in_atomic_block or compat.usable(connection):
+                # The function's own query met our database going away. That is a pause for the run, and no outcome
+                # of a function that may be repeated.
+                broken = connection.connection is not driver or not compat.usable(connection)
+                if connection.in_atomic_block or compat.trouble(error, broken=broken) is not Trouble.LOST:
                     raise
-                if compat.trouble(error, connection) is not Trouble.LOST:
-                    raise
-                self._reconnect()
+            self._prepare_rerun(Trouble.LOST, self.context.alias)
         return self._record(Outcome(StepStatus.SUCCEEDED, output=output), effect_happened=True)
 
     def _atomically(self) -> StepCheckpoint:
@@ -181,44 +187,58 @@ class _Execution:
         alias = step.using or context.alias
         elsewhere = alias != context.alias
         connection = connections[alias]
-        for last in self._reruns():
-            row: StepCheckpoint | None = None
+        while True:
+            driver, row = None, None
             try:
                 with compat.write_transaction(alias, durable=True):
+                    driver = connection.connection
                     compat.set_transaction(connection, step.isolation, step.timeout)
                     output = self._call()
                     if not compat.in_transaction(connection):
                         raise Error("The database rolled the step's transaction back by itself.")
                     row = self._row(Outcome(StepStatus.SUCCEEDED, output=output), alias if elsewhere else "")
                     self._insert(row, elsewhere)
-                checkpoints.announce(context, row)
-                return self._mirror(row) if elsewhere else row
+                return self._committed(row, elsewhere)
             except _Refused:
                 raise checkpoints.lost(context) from None
             except Exception as error:
-                verdict = compat.trouble(error, connection)
-                # In a test's transaction nothing can be run again: what is lost, is lost with the test.
-                final = verdict is Trouble.OTHER or last or connection.in_atomic_block
-                if verdict is Trouble.LOST and not connection.in_atomic_block:
-                    self._reconnect(alias)
-                # Behind our INSERT there may be an outcome after all: another's, whose key it met; ours, if only the
-                # answer to the COMMIT was lost, or if what failed had been left for after the commit.
-                if row is not None and (stands := checkpoints.found(context, self.position, alias)) is not None:
-                    if not isinstance(error, Error):
-                        self._log_callback()
-                    checkpoints.announce(context, stands)
-                    return self._mirror(stands) if elsewhere else stands
-                if final:
-                    raise self._explained(error) from error.__cause__
-                context.cancelling = None
-            context.guard()
-        raise AssertionError("unreachable: the last rerun returns or raises")
+                failure = error
+            # Django closes a connection that cannot even roll back. Whatever the function made of that, its
+            # transaction is gone, and it may be run again.
+            broken = connection.connection is not driver
+            timed_out = compat.sqlstate(failure) in compat.TIMEOUT_STATES
+            verdict = Trouble.LOST if broken and driver and not timed_out else compat.trouble(failure, broken=broken)
+            # Behind our INSERT there may be an outcome after all: another's, whose key it met; ours, if only the
+            # answer to the COMMIT was lost, or if what failed had been left for after the commit.
+            if row is not None and (stands := checkpoints.found(context, self.position, alias)) is not None:
+                if not isinstance(failure, Error):
+                    self._log_callback(failure)
+                return self._committed(stands, elsewhere)
+            # In a test's transaction nothing can be run again: what is lost, is lost with the test.
+            if verdict is Trouble.OTHER or self.reruns >= MAX_RERUNS or connection.in_atomic_block:
+                raise self._explained(failure) from failure.__cause__
+            context.cancelling = None
+            self._prepare_rerun(verdict, alias)
 
-    def _log_callback(self) -> None:
+    def _prepare_rerun(self, verdict: Trouble, alias: str) -> None:
+        """Wait until the function may be run again, behind a database that asked for it or went away."""
+        if verdict is Trouble.AGAIN:
+            self.reruns += 1
+            self.context.lease.wait(jittered(min(1.0, 0.005 * 2**self.reruns)))
+        else:
+            # An infrastructure's failure is no outcome of the step, however often it comes.
+            self.losses += 1
+            if self.losses > MAX_LOSSES:
+                raise self.context.end(LeaseLost(f"{self.place} loses its connection every time", crashed=True))
+            self.context.lease.wait(jittered(0.02))
+            checkpoints.reconnect(self.context, alias)
+        self.context.guard()
+
+    def _log_callback(self, error: Exception) -> None:
         run = self.context.run
         extra = {"run_id": run.pk, "workflow": run.workflow, "step": self.step.name, "attempt": run.attempt}
         extra |= {"database": self.context.alias, "worker": self.context.lease.id}
-        logger.exception("%s: a callback after its commit failed", self.place, extra=extra)
+        logger.error("%s: a callback after its commit failed", self.place, exc_info=error, extra=extra)
 
     def _insert(self, row: StepCheckpoint, elsewhere: bool) -> None:
         """The checkpoint, as the last statement of the step's transaction."""
@@ -235,9 +255,12 @@ class _Execution:
             raise _Refused
         checkpoints.insert(self.context, row, fence="none", alias=row.database)
 
-    def _mirror(self, row: StepCheckpoint) -> StepCheckpoint:
-        """Show an outcome that was committed in the step's own database among the run's steps, too."""
-        return checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=True)
+    def _committed(self, row: StepCheckpoint, elsewhere: bool) -> StepCheckpoint:
+        """Tell of the outcome. One in the step's own database is stored among the run's steps first."""
+        if elsewhere:
+            return checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=True)
+        checkpoints.announce(self.context, row)
+        return row
 
     def _record(self, outcome: Outcome, *, effect_happened: bool) -> StepCheckpoint:
         return checkpoints.record(
@@ -265,20 +288,6 @@ class _Execution:
         self.retrying = True
         self.context.lease.wait(pause)
         return None
-
-    def _reconnect(self, alias: str | None = None) -> None:
-        """Wait until the database can be reached again."""
-        connection = connections[alias or self.context.alias]
-        connection.close()
-        checkpoints.persist(self.context, connection.ensure_connection)
-        self.context.guard()
-
-    def _reruns(self) -> Iterator[bool]:
-        """Yield, for each run of the function, whether it is the last; a pause that grows lies between them."""
-        for number in range(MAX_RERUNS):
-            if number:
-                self.context.lease.wait(jittered(min(1.0, 0.005 * 2**number)))
-            yield number == MAX_RERUNS - 1
 
     def _explained(self, error: Exception) -> Exception:
         """The error that an atomic step's transaction ended with, in words that say what to do."""

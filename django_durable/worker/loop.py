@@ -139,7 +139,7 @@ class Worker:
         try:
             self.lease.register()
         except Error as error:
-            if compat.trouble(error, connections[self.alias]) is Trouble.OTHER:
+            if compat.trouble(error, broken=True) is Trouble.OTHER:
                 raise TablesMissing(self.alias, str(error).strip()) from error
             raise
 
