@@ -16,19 +16,17 @@ def test_the_database_is_the_one_that_was_asked_for():
     assert connections["other"].vendor == connection.vendor
 
 
-@pytest.mark.skipif(connection.vendor != "sqlite", reason="about SQLite's own settings")
 @pytest.mark.django_db
-def test_sqlite_is_a_file_that_many_can_write_to():
-    assert os.path.exists(connection.settings_dict["NAME"])
-    with connection.cursor() as cursor:
-        assert cursor.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.transaction_mode == "IMMEDIATE"
-
-
-@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite's files are in a directory of their own")
-@pytest.mark.django_db
-def test_each_checkout_has_its_own_test_database():
-    assert settings.CHECKOUT in connection.settings_dict["NAME"]
+def test_each_half_has_the_database_that_its_tests_expect():
+    if connection.vendor == "sqlite":
+        # A file that many can write to.
+        assert os.path.exists(connection.settings_dict["NAME"])
+        with connection.cursor() as cursor:
+            assert cursor.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.transaction_mode == "IMMEDIATE"
+    else:
+        # One of this checkout's own, on a server that others may use.
+        assert settings.CHECKOUT in connection.settings_dict["NAME"]
 
 
 @pytest.mark.django_db(databases=["default", "other"])

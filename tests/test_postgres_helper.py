@@ -1,6 +1,5 @@
 """tests/postgres.py: a database server that a test may kill."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import find_server, private_postgres
-
-pytestmark = pytest.mark.skipif(
-    os.environ["DURABLE_EXPECT_VENDOR"] != "postgresql", reason="once is enough, beside the other PostgreSQL tests"
-)
 
 
 def test_what_was_committed_survives_a_kill(tmp_path):
