@@ -154,13 +154,16 @@ def test_every_public_name_is_there():
 
 
 WATCH = """
-import json, sys, threading
+import json, os, sys, threading, traceback
 import django
+import django_durable
+PACKAGE = os.path.dirname(django_durable.__file__) + os.sep
 from django.db.backends.base.base import BaseDatabaseWrapper
 connected, queries = [], []
 original = BaseDatabaseWrapper.connect
 def connect(self):
-    connected.append(self.alias)
+    if any(frame.filename.startswith(PACKAGE) for frame in traceback.extract_stack()):
+        connected.append(self.alias)
     original(self)
     self.execute_wrappers.append(lambda run, sql, *rest: (queries.append(sql), run(sql, *rest))[1])
 BaseDatabaseWrapper.connect = connect
@@ -194,5 +197,6 @@ def test_other_commands_start_no_thread_and_no_connection_of_ours(process_env, c
     assert seen["setup"] == [[], []]
     assert seen["threads"] == []
     if command == ["check"]:
+        # From 6.1 on Django's own check of a JSONField asks SQLite; nothing of ours does.
         assert seen["connected"] == []
     assert [sql for sql in seen["ours"] if not sql.startswith(("CREATE", "ALTER"))] == []

@@ -123,8 +123,6 @@ def run_until_signalled(job: Job) -> None:
         if len(received) > acted:
             job.stop(at_once=len(received) > 1)
             acted = len(received)
-    for number, handler in previous.items():
-        signal.signal(number, handler)
     if failure:
         raise failure[0]
     if acted > 1 or _threads_left():
@@ -132,6 +130,8 @@ def run_until_signalled(job: Job) -> None:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(128 + received[-1][1] if acted > 1 else 0)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def _threads_left() -> bool:
