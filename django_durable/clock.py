@@ -52,6 +52,11 @@ class DatabaseNow(Func):
         # make runs started within one of them lose their order.
         return "%s", (connection.ops.adapt_datetimefield_value(timezone.now() + self.plus + _moved),)
 
+    def on(self, connection: Any) -> tuple[str, tuple[Any, ...]]:
+        """The SQL and its parameters, for a statement that is written by hand."""
+        compiled: tuple[str, tuple[Any, ...]] = getattr(self, f"as_{connection.vendor}", self.as_sql)(None, connection)
+        return compiled
+
 
 def boot_seconds() -> float:
     """Seconds of a clock that nobody sets and that goes on while the machine sleeps, where there is one."""

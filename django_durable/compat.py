@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import socket
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from django.db import Error, InterfaceError, OperationalError, connections, transaction
 from django.db.models import BooleanField, Expression, Value
@@ -32,8 +36,8 @@ class Trouble(Enum):
 _BROKEN_STATES = ("08", "57P01", "57P02", "57P05", "25P03")
 # Starting up; read-only, after a failover; too many connections.
 _AWAY_STATES = frozenset({"57P03", "25006", "53300"})
-# Serialization failure, deadlock, lock not available, disk full.
-_AGAIN_STATES = ("40001", "40P01", "55P03", "53100")
+# No prepared statement of this name (`execute_often`), serialization failure, deadlock, lock not available, disk full.
+_AGAIN_STATES = ("26000", "40001", "40P01", "55P03", "53100")
 # MySQL and MariaDB: server gone, lost, read-only; deadlock, lock wait timeout, record changed.
 _LOST_NUMBERS = frozenset({2006, 2013, 2055, 1053, 1290, 1792})
 _AGAIN_NUMBERS = frozenset({1213, 1205, 1020})
@@ -97,6 +101,11 @@ def row_share_lock(connection: Any) -> str:
     return "FOR SHARE" if features.has_select_for_no_key_update else "FOR UPDATE"
 
 
+def can_return_from_update(connection: Any) -> bool:
+    """Whether the database has UPDATE ... RETURNING, and WITH in front of it; there is no feature flag for it."""
+    return connection.vendor in ("postgresql", "sqlite") and bool(connection.features.can_return_columns_from_insert)
+
+
 def can_notify(connection: Any) -> bool:
     """Whether the database has LISTEN and NOTIFY; there is no feature flag for it."""
     return bool(connection.vendor == "postgresql")
@@ -131,6 +140,95 @@ def in_users_transaction(connection: Any) -> bool:
     return connection.connection is not None and not connection.get_autocommit()
 
 
+# A connection sends a statement so often before the server is asked to keep its plan: one that lives for a single
+# request would only pay for it.
+PREPARE_AFTER = 3
+_NO_SUCH_PLAN = "26000"
+# For each of the driver's connections: how often it sent a statement, or the name that the server knows it by.
+_sent: WeakKeyDictionary[Any, dict[str, int | str]] = WeakKeyDictionary()
+_keeps_plans = True
+
+
+def execute_often(connection: Any, sql: str, params: Sequence[Any], types: Sequence[str] = ()) -> int:
+    """Execute a statement that the engine sends all the time; return the number of rows.
+
+    PostgreSQL takes longer to plan a checkpoint than to store it, so its session is asked to keep the plan. A pooler
+    in transaction mode may lead the next call to another session, which has none of that name: then this process goes
+    on without. Inside a transaction, which that error has broken, it counts as one to be run again.
+    """
+    global _keeps_plans
+    name = _kept_plan(connection, sql, types)
+    if name is not None:
+        sent = _PlannedCursor(connection.create_cursor(), name)
+        make = connection.make_debug_cursor if connection.queries_logged else connection.make_cursor
+        try:
+            with make(sent) as cursor:
+                cursor.execute(sql, params)
+                return int(cursor.rowcount)
+        except Error as error:
+            if sqlstate(error) != _NO_SUCH_PLAN:
+                raise
+            _keeps_plans = False
+            if connection.in_atomic_block:
+                raise
+    with connection.cursor() as cursor:
+        cursor.execute(sql, params)
+        return int(cursor.rowcount)
+
+
+class _PlannedCursor:
+    """A driver's cursor that sends a statement by the name of its plan. Above it, all see the statement itself."""
+
+    def __init__(self, cursor: Any, name: str) -> None:
+        self._cursor = cursor
+        self._name = name
+        self._meant: tuple[str, Sequence[Any]] = ("", ())
+
+    def execute(self, sql: str, params: Sequence[Any]) -> Any:
+        # The comment is for who reads the server's log.
+        marks, verb = ", ".join(["%s"] * len(params)), " ".join(sql.split()[:3])
+        self._meant = sql, params
+        return self._cursor.execute(f"EXECUTE {self._name}({marks}) /* {verb} */", params)
+
+    @property
+    def query(self) -> bytes:
+        """What Django's log of queries shows."""
+        sql, params = self._meant
+        shown = self._cursor.mogrify(sql, params) if hasattr(self._cursor, "mogrify") else sql
+        return shown if isinstance(shown, bytes) else str(shown).encode()
+
+    @property
+    def _query(self) -> _PlannedCursor:
+        # Where psycopg 3 keeps it, and psycopg 2 in `query` itself.
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+def _kept_plan(connection: Any, sql: str, types: Sequence[str]) -> str | None:
+    """The name under which the session has the statement's plan, or None: send it in full."""
+    if not _keeps_plans or connection.vendor != "postgresql":
+        return None
+    connection.ensure_connection()
+    sent = _sent.setdefault(connection.connection, {})
+    known = sent.get(sql, 0)
+    if isinstance(known, str):
+        return known
+    sent[sql] = known + 1
+    if known < PREPARE_AFTER:
+        return None
+    # Random, so that a session of another process, met through a pooler, never has another plan of this name.
+    name = f"durable_{secrets.token_hex(8)}"
+    numbers = count(1)
+    body = re.sub("%s", lambda mark: f"${next(numbers)}", sql)
+    of_types = f"({', '.join(types)})" if types else ""
+    with connection.wrap_database_errors, connection.connection.cursor() as cursor:
+        cursor.execute(f"PREPARE {name}{of_types} AS {body}")
+    sent[sql] = name
+    return name
+
+
 def set_transaction(connection: Any, isolation: str | None, timeout: float | None) -> None:
     """Set the isolation level and time limit of the transaction that has just begun, where the database has them."""
     # A savepoint of a test's transaction cannot have either; SQLite is always serializable and has no timeout.
@@ -144,6 +242,20 @@ def set_transaction(connection: Any, isolation: str | None, timeout: float | Non
             cursor.execute(f"SET LOCAL statement_timeout = {limit}")
             if connection.pg_version >= 170000:
                 cursor.execute(f"SET LOCAL transaction_timeout = {limit}")
+
+
+def limit_idle_transactions(connection: Any, seconds: float) -> None:
+    """Let the server end this session's transactions that are idle so long, unless the project has set a limit.
+
+    A process that is frozen inside a step, and not dead, would keep its successor waiting for its row locks for ever.
+    """
+    if connection.vendor == "postgresql":
+        limit = "idle_in_transaction_session_timeout"
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT set_config('{limit}', %s, false) WHERE current_setting('{limit}') = '0'",
+                [str(int(seconds * 1000))],
+            )
 
 
 def limit_lock_wait(connection: Any, seconds: float) -> None:

@@ -87,9 +87,18 @@ def insert(
     values: list[Any] = [getattr(step, name) for name in _COLUMNS[:-2]]
     values += [adapt(step.started_at), adapt(step.finished_at)]
     params = [context.run_id, *values] if fence == "none" else [*values, context.run_id, context.attempt]
-    with connection.cursor() as cursor:
-        cursor.execute(_insert_sql(connection.alias, fence), params)
-        return bool(cursor.rowcount == 1)
+    statement = _insert_sql(connection.alias, fence)
+    return compat.execute_often(connection, statement, params, _parameter_types(connection.alias, fence)) == 1
+
+
+@lru_cache
+def _parameter_types(alias: str, fence: str) -> tuple[str, ...]:
+    """Of the INSERT's parameters: PostgreSQL would take all that stand in a SELECT for text."""
+    step, run = StepCheckpoint._meta, WorkflowRun._meta
+    values = [step.get_field(name) for name in _COLUMNS]
+    key = run.get_field("id")
+    fields = [key, *values] if fence == "none" else [*values, key, run.get_field("attempt")]
+    return tuple(str(field.db_type(connections[alias])) for field in fields)
 
 
 def checkpoint(

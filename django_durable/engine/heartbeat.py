@@ -42,6 +42,8 @@ class Heartbeat(threading.Thread):
                 try:
                     if lease.age < beat * 0.9 or lease.renew():
                         lease.check_active()
+                        if lease.kind == "web":
+                            lease.return_strays()
                     failing = False
                 except Error as error:
                     if not failing:

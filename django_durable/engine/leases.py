@@ -54,6 +54,7 @@ class Lease:
         self.active: dict[str, RunContext] = {}
         # Set when the process has no time left: runs end before their next step and are handed back.
         self.stopping = threading.Event()
+        self._strays: dict[str, tuple[int, float]] = {}
         self._lost = False
         self._renewed = boot_seconds()
         _of_this_process.add(self)
@@ -143,6 +144,26 @@ class Lease:
         for run_id, context in mine.items():
             if held.get(run_id) != context.attempt:
                 context.end(LeaseLost(f"run {run_id} was cancelled, or has another owner"))
+
+    def return_strays(self) -> int:
+        """Hand back runs that the table says are ours and that no thread of ours executes; return how many.
+
+        The answer to their claim was lost. One that was just claimed looks the same for a moment, so it has to be
+        seen again, unchanged, after a while.
+        """
+        now, returned, seen = boot_seconds(), 0, {}
+        mine = WorkflowRun.objects.using(self.alias).running().filter(worker=self.id)
+        for run_id, attempt in mine.values_list("pk", "attempt"):
+            if run_id in self.active:
+                continue
+            known, since = self._strays.get(run_id, (attempt, now))
+            if known != attempt or now - since < options().HEARTBEAT_SECONDS:
+                seen[run_id] = (attempt, since if known == attempt else now)
+                continue
+            logger.warning("Run %s was claimed by this process, which does not know of it; handed back", run_id)
+            returned += hand_back(mine.filter(pk=run_id, attempt=attempt))
+        self._strays = seen
+        return returned
 
     def remove(self) -> None:
         """Hand back what this process still holds and delete its row. Not a crash: no recovery is counted."""

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
-from django.db import connections, models, router, transaction
+from django.db import Error, connections, models, router, transaction
 from django.db.models import Case, DateTimeField, F, Q, Value, When, sql
 from django.db.models.constants import OnConflict
 from django.db.models.lookups import GreaterThan
@@ -17,6 +18,7 @@ from django.utils import timezone
 
 from django_durable import compat
 from django_durable.clock import DatabaseNow
+from django_durable.compat import Trouble
 from django_durable.conf import as_seconds, options
 from django_durable.engine import claims, payloads, registry
 from django_durable.engine.bell import ring_after_commit
@@ -39,6 +41,9 @@ from django_durable.exceptions import (
 from django_durable.models import WorkflowRun
 from django_durable.serialization import clean_text, load_exception
 from django_durable.states import RESUMABLE, RunStatus
+
+# How often a direct call asks again whether its run was stored, when the connection was lost in between.
+ANSWER_TRIES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +147,7 @@ def call(definition: registry.Definition, given: StartOptions, args: tuple[Any, 
         run.created_at = run.run_after = run.started_at = now
         if run.timeout is not None:
             run.deadline = now + timedelta(seconds=run.timeout)
-    if _insert(alias, run, idempotent=given.run_id is not None):
+    if _insert_surely(lease, run, idempotent=given.run_id is not None):
         if run.status == RunStatus.RUNNING and (end := execute(Claim(run, definition, {}), lease)) is not None:
             return value_of(end)
     else:
@@ -196,13 +201,60 @@ def _delay(run: Any, run_after: datetime | timedelta) -> None:
 
 def _insert(alias: str, run: WorkflowRun, *, idempotent: bool) -> bool:
     """INSERT the run on the caller's connection; False: there is a run of its id."""
-    query = sql.InsertQuery(WorkflowRun, on_conflict=OnConflict.IGNORE if idempotent else None)
-    query.insert_values(WorkflowRun._meta.concrete_fields, [run])
     connection = connections[alias]
-    with connection.cursor() as cursor:
-        for statement, params in query.get_compiler(connection=connection).as_sql():
-            cursor.execute(statement, params)
+    query = sql.InsertQuery(WorkflowRun)
+    head, tail = _around_values(alias, idempotent)
+    marks, params = [], []
+    for field in WorkflowRun._meta.concrete_fields:
+        value: Any = getattr(run, field.attname)
+        if hasattr(value, "resolve_expression"):
+            expression = value.resolve_expression(query, allow_joins=False, for_save=True)
+            mark, given = query.get_compiler(connection=connection).compile(expression)
+        # Most of the columns, and there are more than thirty: nothing to convert.
+        elif value is None or type(value) is str:
+            mark, given = "%s", (value,)
+        else:
+            mark, given = "%s", (field.get_db_prep_save(value, connection),)
+        marks.append(mark)
+        params += given
+    statement = f"{head}{', '.join(marks)}{tail}"
+    if not connection.in_atomic_block:
+        return compat.execute_often(connection, statement, params) == 1
+    # A plan that the session does not know would break the caller's transaction.
+    with transaction.mark_for_rollback_on_error(using=alias), connection.cursor() as cursor:
+        cursor.execute(statement, params)
         return bool(cursor.rowcount == 1)
+
+
+def _insert_surely(lease: Lease, run: WorkflowRun, *, idempotent: bool) -> bool:
+    """`_insert` of a run that this process is to execute: nobody else would, if only the answer were lost."""
+    connection, lost = connections[lease.alias], False
+    for _ in range(ANSWER_TRIES):
+        connected = connection.connection is not None
+        try:
+            if _insert(lease.alias, run, idempotent=idempotent or lost):
+                return True
+            ours = WorkflowRun.objects.using(lease.alias).held(run.pk, run.attempt).filter(worker=lease.id)
+            return lost and ours.exists()
+        except Error as error:
+            away = not connected and connection.connection is None and not lost
+            if away or connection.in_atomic_block or compat.trouble(error, broken=True) is not Trouble.LOST:
+                raise
+            failure, lost = error, True
+            connection.close()
+        lease.wait(0.2)
+    raise failure
+
+
+@lru_cache
+def _around_values(alias: str, idempotent: bool) -> tuple[str, str]:
+    """The INSERT of a run, before and behind its values."""
+    operations, meta = connections[alias].ops, WorkflowRun._meta
+    fields: Any = meta.concrete_fields
+    on_conflict = OnConflict.IGNORE if idempotent else None
+    columns = ", ".join(operations.quote_name(field.column) for field in fields)
+    head = f"{operations.insert_statement(on_conflict)} {operations.quote_name(meta.db_table)} ({columns}) VALUES ("
+    return head, f") {operations.on_conflict_suffix_sql(fields, on_conflict, [], [])}"
 
 
 def _check_same_workflow(alias: str, run_id: str, definition: registry.Definition) -> None:

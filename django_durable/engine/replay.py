@@ -181,10 +181,10 @@ def _settle(context: RunContext, to: RunStatus, also: Callable[[], None] | None 
         asked += 1
         runs = WorkflowRun.objects.using(context.alias)
         if also is None:
-            moved = runs.held(context.run_id, context.attempt).move(to, **changes)
+            moved = runs.move_held(context.run_id, context.attempt, to, **changes)
         else:
             with compat.write_transaction(context.alias):
-                moved = runs.held(context.run_id, context.attempt).move(to, **changes)
+                moved = runs.move_held(context.run_id, context.attempt, to, **changes)
                 if moved:
                     also()
         # Asked again after a lost answer: the first one may have arrived.

@@ -82,10 +82,11 @@ class Worker:
         self._swept_at = 0.0
         self._looked_at = 0.0
         self._checked_at = 0.0
-        self._strays: dict[str, tuple[int, float]] = {}
         self._missed: dict[str, float] = {}
         self._unknown: set[str] = set()
         self._failing = False
+        # With `burst`: nothing is due any more.
+        self._ended = False
 
     # -- Outside --
 
@@ -109,7 +110,7 @@ class Worker:
             while not self._stopping.is_set():
                 if not self._safely(self._turn):
                     continue
-                if self.burst and self._drained():
+                if self._ended:
                     break
                 self._bell.wait(self._pause)
         finally:
@@ -191,6 +192,7 @@ class Worker:
         if sweep:
             self._swept_at = now
             self._report_unknown()
+        self._ended = self.burst and self._drained()
         self._pause = SHORT_PAUSE if acted else min(options().POLL_INTERVAL, self._pause * 2)
         if look is not None and look.next_wake is not None:
             self._pause = min(self._pause, max(0.001, look.next_wake))
@@ -258,8 +260,8 @@ class Worker:
             acted |= bool(claims.cancel_overdue(self.alias))
         if look.next_wake is not None and look.next_wake <= 0:
             acted |= bool(claims.wake_due(self.alias))
-        if look.stray or self._strays:
-            acted |= self._return_strays()
+        if look.stray:
+            acted |= bool(self.lease.return_strays())
         return acted
 
     def _claim(self) -> bool:
@@ -273,27 +275,6 @@ class Worker:
             self.pool.submit(claim, self.lease)
         self._more = len(claimed) == limit or self._alone
         return bool(claimed)
-
-    def _return_strays(self) -> bool:
-        """Hand back runs that the table says are ours and that no thread of ours executes.
-
-        The answer to their claim was lost. One that was just claimed looks the same for a moment, so it has to be
-        seen again, unchanged, after a while.
-        """
-        now, acted = time.monotonic(), False
-        mine = WorkflowRun.objects.using(self.alias).running().filter(worker=self.lease.id)
-        seen = {}
-        for pk, attempt in mine.values_list("pk", "attempt"):
-            if pk in self.lease.active:
-                continue
-            known, since = self._strays.get(pk, (attempt, now))
-            if known != attempt or now - since < options().HEARTBEAT_SECONDS:
-                seen[pk] = (attempt, since if known == attempt else now)
-                continue
-            logger.warning("Run %s was claimed by this worker, which does not know of it; handed back", pk)
-            acted |= bool(leases.hand_back(mine.filter(pk=pk, attempt=attempt)))
-        self._strays = seen
-        return acted
 
     def _report_unknown(self) -> None:
         """Say once of each workflow that is due and that nobody here knows; another worker may."""

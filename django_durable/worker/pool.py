@@ -11,6 +11,8 @@ from typing import Any
 
 from django.db import close_old_connections, connections, reset_queries
 
+from django_durable import compat
+from django_durable.conf import options
 from django_durable.engine.claims import Claim
 from django_durable.engine.leases import Lease
 from django_durable.engine.replay import execute
@@ -20,6 +22,9 @@ logger = logging.getLogger("django_durable.worker")
 # A connection of a project that closes its own after each request is kept so long, or every run would begin by
 # connecting.
 CONNECTION_AGE = 600.0
+
+# A transaction of a step may be idle for so many leases before the server ends it.
+IDLE_LEASES = 10
 
 
 class Pool:
@@ -68,6 +73,7 @@ class Pool:
             claim, lease = work
             close_old_connections()
             try:
+                self._greet(lease, kept)
                 execute(claim, lease)
             except BaseException:
                 # The lease's sweep finds the run and hands it back.
@@ -77,6 +83,13 @@ class Pool:
                 self._busy -= 1
             self._on_free()
         connections.close_all()
+
+    def _greet(self, lease: Lease, kept: dict[str, Any]) -> None:
+        """Set up a connection that this thread has not used before. A pooler, for which NOTIFY is off, may share it."""
+        connection = connections[lease.alias]
+        connection.ensure_connection()
+        if kept.get(lease.alias) is not connection.connection and options().NOTIFY:
+            compat.limit_idle_transactions(connection, IDLE_LEASES * lease.seconds)
 
 
 def _tidy_connections(kept: dict[str, Any]) -> None:
