@@ -20,7 +20,7 @@ from django_durable.models import Worker
 logger = logging.getLogger("django_durable.worker")
 
 # How often a SQLite file is looked at: a system call, no statement.
-FILE_INTERVAL = 0.005
+FILE_INTERVAL = 0.003
 PROBE_SECONDS = 2.0
 
 
