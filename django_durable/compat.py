@@ -208,7 +208,8 @@ class _PlannedCursor:
 
 def _kept_plan(connection: Any, sql: str, types: Sequence[str]) -> str | None:
     """The name under which the session has the statement's plan, or None: send it in full."""
-    if not _keeps_plans or connection.vendor != "postgresql":
+    # EXECUTE takes no bound parameters: with `server_side_binding` every statement behind the first few would fail.
+    if not _keeps_plans or connection.vendor != "postgresql" or connection.features.uses_server_side_binding:
         return None
     connection.ensure_connection()
     sent = _sent.setdefault(connection.connection, {})

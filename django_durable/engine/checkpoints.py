@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from django.db import Error, IntegrityError, connections
 
 from django_durable import compat, signals
+from django_durable.clock import DatabaseNow
 from django_durable.compat import Trouble
 from django_durable.engine.context import RunContext
 from django_durable.exceptions import Cancelled, LeaseLost
@@ -191,9 +192,16 @@ def lost(context: RunContext) -> BaseException:
     return context.end(LeaseLost(f"run {context.run_id} has another owner"))
 
 
+def cancel_own(context: RunContext, reason: str) -> None:
+    """Cancel the run in the transaction of its own step."""
+    held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+    held.move(RunStatus.CANCELLED, cancel_reason=reason, finished_at=DatabaseNow(), wake_at=None, waiting_for="")
+
+
 def still_held(context: RunContext) -> bool:
-    """Whether this attempt still executes the run; by the time of the answer it may be otherwise."""
-    return WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt).exists()
+    """Lock the run's row in the caller's transaction; False: this attempt does not execute it any more."""
+    held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+    return bool(held.select_for_update().values_list("pk"))
 
 
 def reconnect(context: RunContext, alias: str) -> None:

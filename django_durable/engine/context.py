@@ -115,7 +115,9 @@ class RunContext:
             chain += [link.__context__, link.__cause__]
         if self.delivered:
             _, position, horizon = max(self.delivered, key=lambda item: item[1])
-            return position, horizon
+            # Steps that came after its error was caught have completed: they are not repeated for a guess.
+            if horizon == self.position:
+                return position, horizon
         return None
 
 

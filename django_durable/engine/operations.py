@@ -204,12 +204,14 @@ def _insert(alias: str, run: WorkflowRun, *, idempotent: bool) -> bool:
     connection = connections[alias]
     query = sql.InsertQuery(WorkflowRun)
     head, tail = _around_values(alias, idempotent)
-    marks, params = [], []
+    marks, params, typed = [], [], True
     for field in WorkflowRun._meta.concrete_fields:
         value: Any = getattr(run, field.attname)
         if hasattr(value, "resolve_expression"):
             expression = value.resolve_expression(query, allow_joins=False, for_save=True)
             mark, given = query.get_compiler(connection=connection).compile(expression)
+            # Inside a CASE, PostgreSQL takes a parameter for text, and PREPARE refuses it for a time's column.
+            typed = typed and isinstance(value, DatabaseNow)
         # Most of the columns, and there are more than thirty: nothing to convert.
         elif value is None or type(value) is str:
             mark, given = "%s", (value,)
@@ -218,7 +220,7 @@ def _insert(alias: str, run: WorkflowRun, *, idempotent: bool) -> bool:
         marks.append(mark)
         params += given
     statement = f"{head}{', '.join(marks)}{tail}"
-    if not connection.in_atomic_block:
+    if typed and not compat.in_users_transaction(connection) and not connection.in_atomic_block:
         return compat.execute_often(connection, statement, params) == 1
     # A plan that the session does not know would break the caller's transaction.
     with transaction.mark_for_rollback_on_error(using=alias), connection.cursor() as cursor:
@@ -374,7 +376,8 @@ def cancel(alias: str, run_id: str, reason: str = "") -> bool:
 
 def resume(alias: str, run_id: str) -> bool:
     """Make a FAILED, CANCELLED or DEAD run due again: it goes on from its last completed step. False: none of these."""
-    with transaction.atomic(using=alias):
+    # On SQLite one that reads before it writes is refused at once when another has written meanwhile.
+    with compat.write_transaction(alias):
         runs = WorkflowRun.objects.using(alias).filter(pk=run_id)
         before = runs.values_list("status", "failed_step", "failed_horizon").first()
         moved = runs.move(

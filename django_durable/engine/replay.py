@@ -56,7 +56,15 @@ def execute(claim: Claim, lease: Lease) -> End | None:
         context.guard()
         args, kwargs = load_input(run)
         with _strict(context):
-            value = definition.func(*args, **kwargs)
+            try:
+                value = definition.func(*args, **kwargs)
+            except Exception as error:
+                # What its cleaning up raises on the way out does not take the place of why it ends.
+                if context.ended is not None:
+                    raise context.ended from error
+                if context.cancelling is not None:
+                    raise Cancelled(context.cancelling) from error
+                raise
             # What the body has swallowed ends it all the same.
             if context.ended is not None:
                 raise context.ended

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -14,12 +15,13 @@ from django.db import Error, connections, transaction
 from django_durable import compat
 from django_durable.compat import Trouble
 from django_durable.conf import options
-from django_durable.engine import checkpoints, payloads
+from django_durable.engine import checkpoints, claims, payloads
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import RunContext, StepContext, before_step
 from django_durable.engine.parking import park
 from django_durable.engine.retries import RetryPolicy, jittered
 from django_durable.exceptions import (
+    Cancelled,
     Halt,
     InsideTransaction,
     LeaseLost,
@@ -30,7 +32,7 @@ from django_durable.exceptions import (
 )
 from django_durable.models import StepCheckpoint
 from django_durable.serialization import describe_exception, dump_exception, load_exception
-from django_durable.states import StepKind, StepStatus
+from django_durable.states import RunStatus, StepKind, StepStatus
 
 logger = logging.getLogger("django_durable.run")
 
@@ -94,6 +96,10 @@ def answer(context: RunContext, recorded: StepCheckpoint, traceback: TracebackTy
         raise context.end(Halt(error)) from error
 
 
+class _HomeLost(Exception):
+    """The run's own database went away under a step whose data live in another."""
+
+
 class _Execution:
     """The tries of one step."""
 
@@ -144,13 +150,18 @@ class _Execution:
 
     def _call(self) -> str:
         """Run the user's function and return its value as it will be stored."""
+        return payloads.dump(self.step.func(*self.args, **self.kwargs), self.place)
+
+    @contextmanager
+    def _inside(self) -> Iterator[StepContext]:
+        """The try, with what the user's code leaves for after its commit: steps called there are part of it too."""
         context = self.context
-        context.step = StepContext(context, self.position, self.step.name, self.tries, atomic=self.step.atomic)
+        inside = StepContext(context, self.position, self.step.name, self.tries, atomic=self.step.atomic)
+        context.step = inside
         try:
-            value = self.step.func(*self.args, **self.kwargs)
+            yield inside
         finally:
             context.step = None
-        return payloads.dump(value, self.place)
 
     def _row(self, outcome: Outcome, database: str = "") -> StepCheckpoint:
         return checkpoints.checkpoint(
@@ -170,7 +181,8 @@ class _Execution:
         while True:
             driver = connection.connection
             try:
-                output = self._call()
+                with self._inside():
+                    output = self._call()
                 break
             except Error as error:
                 # The function's own query met our database going away. That is a pause for the run, and no outcome
@@ -190,17 +202,25 @@ class _Execution:
         while True:
             driver, row = None, None
             try:
-                with compat.write_transaction(alias, durable=True):
+                with ExitStack() as fence, self._inside() as inside, compat.write_transaction(alias, durable=True):
                     driver = connection.connection
                     compat.set_transaction(connection, step.isolation, step.timeout)
                     output = self._call()
                     if not compat.in_transaction(connection):
                         raise Error("The database rolled the step's transaction back by itself.")
                     row = self._row(Outcome(StepStatus.SUCCEEDED, output=output), alias if elsewhere else "")
+                    if elsewhere:
+                        self._hold_run(fence)
                     self._insert(row, elsewhere)
+                    # What runs after the commit cancels by a statement of its own.
+                    inside.atomic = False
                 return self._committed(row, elsewhere)
             except _Refused:
                 raise checkpoints.lost(context) from None
+            except _HomeLost:
+                context.cancelling = None
+                self._prepare_rerun(Trouble.LOST, context.alias)
+                continue
             except Exception as error:
                 failure = error
             # Django closes a connection that cannot even roll back. Whatever the function made of that, its
@@ -220,6 +240,20 @@ class _Execution:
             context.cancelling = None
             self._prepare_rerun(verdict, alias)
 
+    def _hold_run(self, fence: ExitStack) -> None:
+        """Lock the run's row in its own database, until the step's has committed: no cancel comes in between."""
+        alias = self.context.alias
+        in_a_test = connections[alias].in_atomic_block
+        try:
+            fence.enter_context(compat.write_transaction(alias))
+            held = checkpoints.still_held(self.context)
+        except Error as error:
+            if in_a_test or compat.trouble(error, broken=True) is not Trouble.LOST:
+                raise
+            raise _HomeLost from error
+        if not held:
+            raise _Refused
+
     def _prepare_rerun(self, verdict: Trouble, alias: str) -> None:
         """Wait until the function may be run again, behind a database that asked for it or went away."""
         if verdict is Trouble.AGAIN:
@@ -228,6 +262,7 @@ class _Execution:
         else:
             # An infrastructure's failure is no outcome of the step, however often it comes.
             self.losses += 1
+            logger.warning("%s: its connection to %r was lost; it is run again", self.place, alias, extra=self._facts())
             if self.losses > MAX_LOSSES:
                 raise self.context.end(LeaseLost(f"{self.place} loses its connection every time", crashed=True))
             self.context.lease.wait(jittered(0.02))
@@ -235,10 +270,18 @@ class _Execution:
         self.context.guard()
 
     def _log_callback(self, error: Exception) -> None:
+        logger.error("%s: a callback after its commit failed", self.place, exc_info=error, extra=self._facts())
+
+    def _facts(self) -> dict[str, object]:
         run = self.context.run
-        extra = {"run_id": run.pk, "workflow": run.workflow, "step": self.step.name, "attempt": run.attempt}
-        extra |= {"database": self.context.alias, "worker": self.context.lease.id}
-        logger.error("%s: a callback after its commit failed", self.place, exc_info=error, extra=extra)
+        return {
+            "run_id": run.pk,
+            "workflow": run.workflow,
+            "step": self.step.name,
+            "attempt": run.attempt,
+            "database": self.context.alias,
+            "worker": self.context.lease.id,
+        }
 
     def _insert(self, row: StepCheckpoint, elsewhere: bool) -> None:
         """The checkpoint, as the last statement of the step's transaction."""
@@ -248,18 +291,22 @@ class _Execution:
             self.context.lease.renew_in_transaction()
             if not checkpoints.insert(self.context, row):
                 raise _Refused
+            if self.context.cancelling is not None:
+                # In the same commit, or a crash behind it would lose the wish.
+                checkpoints.cancel_own(self.context, self.context.cancelling)
             return
-        # No lock can span two databases: the run is looked at just before, and the checkpoint's key in the step's
-        # own database keeps the outcome to one.
-        if not checkpoints.still_held(self.context):
-            raise _Refused
         checkpoints.insert(self.context, row, fence="none", alias=row.database)
 
     def _committed(self, row: StepCheckpoint, elsewhere: bool) -> StepCheckpoint:
         """Tell of the outcome. One in the step's own database is stored among the run's steps first."""
         if elsewhere:
             return checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=True)
-        checkpoints.announce(self.context, row)
+        context = self.context
+        checkpoints.announce(context, row)
+        if context.cancelling is not None and row.attempt == context.attempt:
+            reason, context.cancelling = context.cancelling, None
+            context.end(Cancelled(reason))
+            claims.announce_end(context.run, context.alias, RunStatus.CANCELLED, context.lease.id)
         return row
 
     def _record(self, outcome: Outcome, *, effect_happened: bool) -> StepCheckpoint:

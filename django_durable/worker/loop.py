@@ -292,9 +292,10 @@ class Worker:
         logger.warning("Worker %s was declared dead (it was stopped, or too slow to renew its lease)", self.lease.id)
         if self._heartbeat is not None:
             self._heartbeat.stop()
-        self.lease = Lease(self.alias, "worker", self.queues)
-        self.lease.register()
-        self._heartbeat = Heartbeat(self.lease)
+        lease = Lease(self.alias, "worker", self.queues)
+        lease.register()
+        self.lease = lease
+        self._heartbeat = Heartbeat(lease)
         self._heartbeat.start()
 
     def _drained(self) -> bool:
