@@ -159,7 +159,8 @@ def execute_often(connection: Any, sql: str, params: Sequence[Any], types: Seque
     global _keeps_plans
     name = _kept_plan(connection, sql, types)
     if name is not None:
-        sent = _PlannedCursor(connection.create_cursor(), name)
+        with connection.wrap_database_errors:
+            sent = _PlannedCursor(connection.create_cursor(), name)
         make = connection.make_debug_cursor if connection.queries_logged else connection.make_cursor
         try:
             with make(sent) as cursor:

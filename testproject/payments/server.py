@@ -107,6 +107,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", "0")
+        if self.close_connection:
+            # Said, or the client sends its next request into a connection that is being closed.
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
 
