@@ -12,7 +12,7 @@ from tests.scenarios.harness import LONG_LEASE, Stage
 from tests.scenarios.workflows import checkout
 
 # A checkout takes more statements than this; a sweep that ended sooner has missed the checkout.
-FEWEST = {"worker": 20, "direct_call": 10}
+FEWEST = {"worker": 15, "direct_call": 10}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
