@@ -115,42 +115,33 @@ def step(
     Outside a workflow the step is the plain function, in ``atomic()`` if it is atomic; inside another step it is a
     part of that one. Raises TypeError or ValueError for arguments that make no sense.
     """
-    if func is None:
-        return functools.partial(
-            step,
-            name=name,
-            atomic=atomic,
-            using=using,
-            max_attempts=max_attempts,
-            retry_delay=retry_delay,
-            retry_backoff=retry_backoff,
-            retry_max_delay=retry_max_delay,
-            retry_on=retry_on,
-            give_up_on=give_up_on,
-            timeout=timeout,
-            isolation=isolation,
-        )
-    check_function(func, "step", name)
     if isolation is not None and str(isolation).lower() not in ISOLATION_LEVELS:
         raise ValueError(f"isolation takes one of {', '.join(ISOLATION_LEVELS)}, found {isolation!r}.")
     if not atomic and (using is not None or isolation is not None):
         raise ValueError("using= and isolation= are an atomic step's: with atomic=False there is no transaction.")
-    return Step(
-        func,
-        name=checked_name(func.__qualname__ if name is None else name, "step"),
-        atomic=atomic,
-        using=using,
-        retry=policy(
-            max_attempts=max_attempts,
-            retry_delay=retry_delay,
-            retry_backoff=retry_backoff,
-            retry_max_delay=retry_max_delay,
-            retry_on=retry_on,
-            give_up_on=give_up_on,
-        ),
-        timeout=None if timeout is None else as_seconds(timeout, "timeout"),
-        isolation=isolation,
+    retry = policy(
+        max_attempts=max_attempts,
+        retry_delay=retry_delay,
+        retry_backoff=retry_backoff,
+        retry_max_delay=retry_max_delay,
+        retry_on=retry_on,
+        give_up_on=give_up_on,
     )
+    seconds = None if timeout is None else as_seconds(timeout, "timeout")
+
+    def decorate(func: Callable[P, R]) -> Step[P, R]:
+        check_function(func, "step", name)
+        return Step(
+            func,
+            name=checked_name(func.__qualname__ if name is None else name, "step"),
+            atomic=atomic,
+            using=using,
+            retry=retry,
+            timeout=seconds,
+            isolation=isolation,
+        )
+
+    return decorate if func is None else decorate(func)
 
 
 def run_step(name: str, fn: Callable[..., R], /, *args: Any, atomic: bool = False, **kwargs: Any) -> R:

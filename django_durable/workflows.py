@@ -204,22 +204,6 @@ def workflow(
     `validate`: a Django Form class, a pydantic model class, or a callable from dict to dict; gets the arguments with
     their defaults before anything is stored, and what it returns become the keyword arguments.
     """
-    if func is None:
-        return functools.partial(
-            workflow,
-            name=name,
-            queue=queue,
-            max_attempts=max_attempts,
-            retry_delay=retry_delay,
-            retry_backoff=retry_backoff,
-            retry_max_delay=retry_max_delay,
-            retry_on=retry_on,
-            timeout=timeout,
-            max_recoveries=max_recoveries,
-            validate=validate,
-            aliases=aliases,
-        )
-    check_function(func, "workflow", name)
     if not isinstance(aliases, tuple | list):
         raise TypeError(f"aliases takes a list of names, found {aliases!r}.")
     if validate is not None and not callable(validate):
@@ -227,21 +211,29 @@ def workflow(
     if isinstance(max_recoveries, bool) or not isinstance(max_recoveries, int) or max_recoveries < 0:
         raise ValueError(f"max_recoveries takes a whole number from 0, found {max_recoveries!r}.")
     check_text("queue", queue, 100)
-    made: Workflow[..., Any] = Workflow(
-        func,
-        name=checked_name(f"{func.__module__}.{func.__qualname__}" if name is None else name, "workflow"),
-        aliases=tuple(checked_name(alias, "workflow") for alias in aliases),
-        queue=queue,
-        retry=policy(
-            max_attempts=max_attempts,
-            retry_delay=retry_delay,
-            retry_backoff=retry_backoff,
-            retry_max_delay=retry_max_delay,
-            retry_on=retry_on,
-        ),
-        timeout=None if timeout is None else as_seconds(timeout, "timeout"),
-        max_recoveries=max_recoveries,
-        validate=validate,
+    former = tuple(checked_name(alias, "workflow") for alias in aliases)
+    retry = policy(
+        max_attempts=max_attempts,
+        retry_delay=retry_delay,
+        retry_backoff=retry_backoff,
+        retry_max_delay=retry_max_delay,
+        retry_on=retry_on,
     )
-    registry.register(made)
-    return made
+    seconds = None if timeout is None else as_seconds(timeout, "timeout")
+
+    def decorate(func: Callable[P, R]) -> Workflow[P, R]:
+        check_function(func, "workflow", name)
+        made = Workflow(
+            func,
+            name=checked_name(f"{func.__module__}.{func.__qualname__}" if name is None else name, "workflow"),
+            aliases=former,
+            queue=queue,
+            retry=retry,
+            timeout=seconds,
+            max_recoveries=max_recoveries,
+            validate=validate,
+        )
+        registry.register(made)
+        return made
+
+    return decorate if func is None else decorate(func)

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 
-def work(alias: str, worker_id: str, parent: int, verbosity: int, settings: dict[str, Any]) -> None:
+def work(alias: str, parent: int, verbosity: int, settings: dict[str, Any]) -> None:
     """Be one of a supervisor's workers, until told to stop or left alone."""
     import django
 
@@ -18,7 +18,7 @@ def work(alias: str, worker_id: str, parent: int, verbosity: int, settings: dict
     from django_durable.worker.loop import Worker
 
     log_to_stderr(verbosity)
-    worker = Worker(alias, worker_id=worker_id, **settings)
+    worker = Worker(alias, **settings)
 
     def stop_without_parent() -> None:
         # Nobody else would ever stop or replace this process.

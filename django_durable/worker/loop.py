@@ -59,15 +59,12 @@ class Worker:
         concurrency: int | None = None,
         burst: bool = False,
         grace: float = 30.0,
-        worker_id: str | None = None,
     ) -> None:
         self.alias = alias
         self.queues = tuple(queues)
         self.burst = burst
         self.grace = grace
         self.lease = Lease(alias, "worker", self.queues)
-        if worker_id is not None:
-            self.lease.id = worker_id
         self.pool = Pool(concurrency or options().WORKER_CONCURRENCY, self._freed)
         self._bell = threading.Event()
         self._stopping = threading.Event()

@@ -9,10 +9,11 @@ import threading
 import time
 from multiprocessing.connection import wait
 from typing import Any
-from uuid import uuid4
 
 from django.db import Error, connections
+from django.db.models import QuerySet
 
+from django_durable import compat
 from django_durable.clock import DatabaseNow
 from django_durable.engine import leases
 from django_durable.models import Worker as WorkerRow
@@ -42,10 +43,10 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Whether every process is alive and has renewed its lease."""
-        ids = [slot.worker_id for slot in self._slots]
+        pids = [slot.process.pid for slot in self._slots if slot.process is not None]
         try:
-            alive = WorkerRow.objects.using(self.alias).filter(pk__in=ids, expires_at__gt=DatabaseNow())
-            return not self._stopping.is_set() and alive.count() == len(ids)
+            alive = self._rows(pids).filter(expires_at__gt=DatabaseNow()).values_list("pid").distinct().count()
+            return not self._stopping.is_set() and alive == len(self._slots)
         except Error:
             return False
         finally:
@@ -78,12 +79,16 @@ class Supervisor:
             self._restart_due()
         connections.close_all()
 
+    def _rows(self, pids: list[int]) -> QuerySet[WorkerRow]:
+        """The children's rows. Not by id: one that was taken for dead goes on under another."""
+        here = WorkerRow.objects.using(self.alias).filter(host=compat.host_name(), machine=compat.machine_id())
+        return here.filter(kind="worker", pid__in=pids)
+
     def _start(self, slot: _Slot) -> None:
-        slot.worker_id = uuid4().hex
         slot.started_at = time.monotonic()
         slot.process = _spawn.Process(
             target=child.work,
-            args=(self.alias, slot.worker_id, os.getpid(), self.verbosity, self.settings),
+            args=(self.alias, os.getpid(), self.verbosity, self.settings),
             daemon=False,
         )
         slot.process.start()
@@ -96,13 +101,13 @@ class Supervisor:
     def _bury(self, slot: _Slot) -> None:
         """Hand on what a dead process held, and plan its successor."""
         process, slot.process = slot.process, None
-        code = process.exitcode
+        code, pid = process.exitcode, process.pid
         process.close()
         if code == 0 and (self._stopping.is_set() or self.settings["burst"]):
             return
         logger.warning("A worker process ended with exit code %s", code)
         try:
-            leases.bury(self.alias, [slot.worker_id])
+            leases.bury(self.alias, self._rows([pid]).values_list("pk", flat=True))
             leases.recover(self.alias)
         except Error:
             connections[self.alias].close()
@@ -122,7 +127,6 @@ class Supervisor:
 
 class _Slot:
     process: Any = None
-    worker_id = ""
     started_at = 0.0
     restart_at: float | None = None
     deaths = 0

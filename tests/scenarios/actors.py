@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -66,11 +67,11 @@ def frozen_at_commit_of(step: str, act: str, *arguments: Any) -> None:
     globals()[act](*arguments)
 
 
-class Watcher:
+class Watcher(ABC):
     """Sees everything that goes to the database, from all threads."""
 
-    def around(self, connection: BaseDatabaseWrapper, what: str, params: Any, send: Callable[[], Any]) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def around(self, connection: BaseDatabaseWrapper, what: str, params: Any, send: Callable[[], Any]) -> Any: ...
 
 
 class Executioner(Watcher):

@@ -6,7 +6,7 @@ import os
 import signal
 
 from django_durable.models import Worker, WorkflowRun
-from tests.scenarios.harness import Process, Stage, gone
+from tests.scenarios.harness import Process, Stage, answer, free_port, gone
 from tests.scenarios.workflows import checkout, long, poison
 
 
@@ -88,6 +88,20 @@ def test_a_run_that_kills_its_worker_every_time_is_set_aside_and_its_neighbours_
     later = checkout.using(run_id="later").start("cyd")
     stage.ended(later.id)
     assert not WorkflowRun.objects.filter(status__in=["PENDING", "RUNNING", "WAITING"]).exists()
+
+
+def test_a_process_that_was_taken_for_dead_is_ready_again_and_is_buried_under_its_new_name(stage: Stage) -> None:
+    port = free_port()
+    parent = two_processes(stage, f"--health-port={port}")
+    stage.until(lambda: answer(port, "/readyz") == 200, "both are ready")
+    victim, old = next(iter(children(stage).items()))
+    Worker.objects.filter(pk=old).delete()
+    stage.until(lambda: children(stage).get(victim, old) != old, "it goes on under another id")
+    stage.until(lambda: answer(port, "/readyz") == 200, "both are ready again")
+    os.kill(victim, signal.SIGKILL)
+    stage.until(lambda: len(children(stage)) == 2 and victim not in children(stage), "another takes its place")
+    parent.terminate()
+    assert parent.wait() == 0, parent.said()
 
 
 def test_all_processes_killed_at_once_are_replaced(stage: Stage) -> None:
