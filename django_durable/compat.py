@@ -101,6 +101,30 @@ def row_share_lock(connection: Any) -> str:
     return "FOR SHARE" if features.has_select_for_no_key_update else "FOR UPDATE"
 
 
+def existence_lock(connection: Any) -> str:
+    """The clause that keeps a selected row from being locked whole until our commit, and hinders nothing else.
+
+    PostgreSQL's own check of a foreign key takes it: checkpoints and changes of the status go on beside it.
+    """
+    features = connection.features
+    if not features.has_select_for_update:
+        return ""
+    return "FOR KEY SHARE" if features.has_select_for_no_key_update else "FOR UPDATE"
+
+
+def locked(rows: Any) -> Any:
+    """The queryset's rows, locked whole until our commit, where there are row locks."""
+    return rows.select_for_update() if connections[rows.db].features.has_select_for_update else rows
+
+
+def upsert(rows: Any, row: Any, *, unique: list[str], update: list[str]) -> None:
+    """INSERT the row, or UPDATE these fields of the one that has its unique ones."""
+    # MySQL takes no names: any unique key counts.
+    named = connections[rows.db].features.supports_update_conflicts_with_target
+    target = unique if named else None
+    rows.bulk_create([row], update_conflicts=True, unique_fields=target, update_fields=update)
+
+
 def can_return_from_update(connection: Any) -> bool:
     """Whether the database has UPDATE ... RETURNING, and WITH in front of it; there is no feature flag for it."""
     return connection.vendor in ("postgresql", "sqlite") and bool(connection.features.can_return_columns_from_insert)
@@ -296,9 +320,25 @@ def immediate(connection: Any) -> Iterator[None]:
 
 @contextmanager
 def write_transaction(alias: str, *, durable: bool = False) -> Iterator[None]:
-    """A transaction of the engine's own: it has the right to write from its first statement on."""
-    with immediate(connections[alias]), transaction.atomic(using=alias, durable=durable):
+    """A transaction of the engine's own: it has the right to write from its first statement on.
+
+    `durable`: a step's, whose isolation level is the user's. Ours has to see what was committed before it got a lock:
+    a snapshot that is older than the lock would miss the message that it has waited for.
+    """
+    connection = connections[alias]
+    with immediate(connection), transaction.atomic(using=alias, durable=durable):
+        level = getattr(getattr(connection, "isolation_level", None), "name", "")
+        if level in ("REPEATABLE_READ", "SERIALIZABLE") and not durable:
+            set_transaction(connection, "read committed", None)
         yield
+
+
+def claim_lock(connection: Any) -> dict[str, Any]:
+    """How due runs are locked to be taken: passing over those that others take, not those that are sent messages."""
+    features = connection.features
+    if not features.has_select_for_update_skip_locked:
+        return {}
+    return {"skip_locked": True, "no_key": bool(features.has_select_for_no_key_update)}
 
 
 # -- Processes --------------------------------------------------------------------------------------------------

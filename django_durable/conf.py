@@ -131,6 +131,16 @@ def as_seconds(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_text(name: str, value: Any, limit: int) -> None:
+    """Raise TypeError or ValueError if the value cannot be stored as this option."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} takes a str, found {type(value).__name__}: {value!r}.")
+    if not 1 <= len(value) <= limit:
+        raise ValueError(f"{name} takes 1 to {limit} characters, found {len(value)}: {value[:50]!r}.")
+    if not value.isprintable():
+        raise ValueError(f"{name} takes printable characters, found {value!r}.")
+
+
 def _forget(*, setting: str, **kwargs: Any) -> None:
     if setting == "DURABLE":
         options.cache_clear()

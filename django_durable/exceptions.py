@@ -27,9 +27,9 @@ class InsideTransaction(DurableError, RuntimeError):
         )
 
     @classmethod
-    def waiting(cls, run_id: str, database: str) -> InsideTransaction:
+    def waiting(cls, run_id: str, database: str, what: str = "result()") -> InsideTransaction:
         return cls._saying(
-            f"result() would wait for run {run_id} without limit inside a transaction on database {database!r}: if the "
+            f"{what} would wait for run {run_id} without limit inside a transaction on database {database!r}: if the "
             "run was started in it, no worker sees it before the commit. Wait behind the transaction, pass timeout=, "
             "or in a test call run_until_idle() first."
         )
@@ -39,6 +39,13 @@ class InsideTransaction(DurableError, RuntimeError):
         return cls._saying(
             f"Step {step!r} of run {run_id} was called inside a transaction on database {database!r} that the "
             "workflow opened: its checkpoint could not commit. Move the atomic() block into an atomic step."
+        )
+
+    @classmethod
+    def pausing(cls, step: str, run_id: str) -> InsideTransaction:
+        return cls._saying(
+            f"Step {step!r} of run {run_id} pauses its own run inside its transaction, which that would undo. "
+            "Pause it from a step with atomic=False, or from outside."
         )
 
     @classmethod
@@ -99,16 +106,6 @@ class RunIdInUse(DurableError):
         super().__init__(
             f"Run id {run_id!r} belongs to a run of {found!r}, so {wanted!r} cannot use it. "
             "Choose another id, for example one with the workflow's name in front."
-        )
-
-
-class InsideWorkflow(DurableError):
-    """A workflow was called or started in the body of another, where a replay would do it again."""
-
-    def __init__(self, workflow: str, run_id: str) -> None:
-        super().__init__(
-            f"Workflow {workflow!r} was called or started in the body of run {run_id}, where a replay would do it "
-            "again. Start it from an atomic step: then it starts exactly once, with the step's commit."
         )
 
 
@@ -193,6 +190,33 @@ class NonDeterminism(DurableError):
         )
 
 
+class AlreadyDecided(DurableError):
+    """An approval has its decision, or its time is over: the first decision stands."""
+
+    def __init__(self, run_id: str, approval: str, how: str) -> None:
+        super().__init__(f"Approval {approval!r} of run {run_id} {how}. That stands.")
+
+
+class NothingToDecide(DurableError):
+    """The run does not wait for this approval."""
+
+    def __init__(self, run_id: str, approval: str, found: str) -> None:
+        super().__init__(
+            f"Run {run_id} does not wait for an approval {approval!r}: it {found}. Decide when it is WAITING for that "
+            "approval, by the name that its workflow gives to approval()."
+        )
+
+
+class NothingDue(DurableError):
+    """In a test, a run was called directly that waits for what nobody can bring about while the call lasts."""
+
+    def __init__(self, run_id: str, waiting_for: str) -> None:
+        super().__init__(
+            f"Run {run_id} was called directly, waits for {waiting_for!r}, and nothing else is due in this test. Start "
+            "it with .start(), let run_until_idle() execute it, and bring about what it waits for."
+        )
+
+
 class WorkflowNotRegistered(DurableError):
     """No workflow of this name is known to this process."""
 
@@ -248,6 +272,14 @@ class Parked(BaseException):
 
 class Cancelled(BaseException):
     """The run was cancelled; the workflow ends here."""
+
+
+class ContinueAsNew(BaseException):
+    """What `continue_as_new` ends a run with: another goes on for it, with these arguments as they are stored."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__("the run goes on as a new one")
 
 
 class Halt(BaseException):

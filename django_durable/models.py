@@ -74,6 +74,11 @@ class WorkflowRun(models.Model):
         db_index=False,
         related_name="children",
     )
+    # Somebody waits for this run's end, or for an event of it: whoever ends it has to wake them. Without it, an end
+    # is one statement.
+    awaited = models.BooleanField(_("awaited"), default=False)
+    # The run that took over, where this one ended by continue_as_new().
+    continued_as = models.CharField(_("continued as"), max_length=200, blank=True, default="")
     forked_from = models.ForeignKey(
         "self",
         verbose_name=_("forked from"),
@@ -104,7 +109,9 @@ class WorkflowRun(models.Model):
         )
         indexes = (
             # What is live is indexed apart, so that ten million finished runs cost a claim nothing.
+            # The status comes first: without statistics, SQLite prefers an index whose first column it is asked for.
             models.Index(
+                F("status"),
                 F("queue"),
                 F("priority").desc(),
                 F("run_after"),
@@ -113,15 +120,24 @@ class WorkflowRun(models.Model):
                 name="durable_run_ready",
             ),
             models.Index(
+                F("status"),
                 F("priority").desc(),
                 F("run_after"),
                 F("id"),
                 condition=Q(status=RunStatus.PENDING),
                 name="durable_run_due",
             ),
-            models.Index(fields=["wake_at"], condition=Q(status=RunStatus.WAITING), name="durable_run_timers"),
-            models.Index(fields=["waiting_for"], condition=Q(status=RunStatus.WAITING), name="durable_run_waiting"),
-            models.Index(fields=["worker"], condition=Q(status=RunStatus.RUNNING), name="durable_run_worker"),
+            models.Index(
+                fields=["status", "wake_at"], condition=Q(status=RunStatus.WAITING), name="durable_run_timers"
+            ),
+            # PostgreSQL takes another index than its usual one for what begins with a text.
+            models.Index(
+                fields=["status", "waiting_for"],
+                opclasses=["varchar_pattern_ops", "varchar_pattern_ops"],
+                condition=Q(status=RunStatus.WAITING),
+                name="durable_run_waiting",
+            ),
+            models.Index(fields=["status", "worker"], condition=Q(status=RunStatus.RUNNING), name="durable_run_worker"),
             models.Index(
                 fields=["deadline"],
                 condition=Q(deadline__isnull=False, finished_at__isnull=True),
@@ -202,6 +218,95 @@ class StepCheckpoint(models.Model):
 
     def __str__(self) -> str:
         return f"{self.position}. {self.name}"
+
+
+class Message(models.Model):
+    """Something sent to a run: taken once, in the order of sending, in the same commit as the step that takes it."""
+
+    run = models.ForeignKey(
+        WorkflowRun,
+        verbose_name=_("run"),
+        on_delete=models.CASCADE,
+        db_constraint=False,
+        db_index=False,
+        related_name="messages",
+    )
+    topic = models.CharField(_("topic"), max_length=200, blank=True, default="")
+    # Null, where repeats are not to be dropped: it is unique only where there is one.
+    key = models.CharField(_("key"), max_length=200, null=True, blank=True)
+    body = models.TextField(_("body"))
+    created_at = models.DateTimeField(_("created at"))
+    consumed_at = models.DateTimeField(_("consumed at"), null=True, blank=True)
+    # The position of the step that took it: if that step is forgotten, the message is there again.
+    consumed_by = models.PositiveIntegerField(_("consumed by"), null=True, blank=True)
+
+    class Meta:
+        verbose_name = _("message")
+        verbose_name_plural = _("messages")
+        ordering = ("pk",)
+        constraints = (models.UniqueConstraint(fields=["run", "topic", "key"], name="durable_message_key"),)
+        indexes = (
+            models.Index(
+                fields=["run", "topic", "id"], condition=Q(consumed_at__isnull=True), name="durable_message_unread"
+            ),
+            models.Index(fields=["run"], name="durable_message_run"),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.topic or _('message')} to {self.run_id}"
+
+
+class Event(models.Model):
+    """What a run has published about itself under a key; the latest value."""
+
+    run = models.ForeignKey(
+        WorkflowRun,
+        verbose_name=_("run"),
+        on_delete=models.CASCADE,
+        db_constraint=False,
+        db_index=False,
+        related_name="events",
+    )
+    key = models.CharField(_("key"), max_length=200)
+    value = models.TextField(_("value"))
+    updated_at = models.DateTimeField(_("updated at"))
+
+    class Meta:
+        verbose_name = _("event")
+        verbose_name_plural = _("events")
+        ordering = ("run_id", "key")
+        constraints = (models.UniqueConstraint(fields=["run", "key"], name="durable_event_key"),)
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.run_id}"
+
+
+class StreamItem(models.Model):
+    """One of the values that a run writes while it runs, in order; an empty one closes the stream."""
+
+    run = models.ForeignKey(
+        WorkflowRun,
+        verbose_name=_("run"),
+        on_delete=models.CASCADE,
+        db_constraint=False,
+        db_index=False,
+        related_name="stream_items",
+    )
+    key = models.CharField(_("key"), max_length=200)
+    position = models.PositiveIntegerField(_("position"))
+    value = models.TextField(_("value"))
+    # The position of the step that wrote it: a fork takes along what belongs to the steps that it keeps.
+    step = models.PositiveIntegerField(_("step"))
+    created_at = models.DateTimeField(_("created at"))
+
+    class Meta:
+        verbose_name = _("stream item")
+        verbose_name_plural = _("stream items")
+        ordering = ("run_id", "key", "position")
+        constraints = (models.UniqueConstraint(fields=["run", "key", "position"], name="durable_stream_position"),)
+
+    def __str__(self) -> str:
+        return f"{self.key}[{self.position}] of {self.run_id}"
 
 
 class Worker(models.Model):

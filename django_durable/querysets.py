@@ -61,11 +61,11 @@ class RunQuerySet(models.QuerySet["WorkflowRun"]):
         allowed = SOURCES[to] if sources is None else SOURCES[to] & set(sources)
         return self.filter(status__in=allowed).update(status=to, **changes)
 
-    def move_held(self, run_id: str, attempt: int, to: RunStatus, **changes: Any) -> int:
+    def move_held(self, run_id: str, attempt: int, to: RunStatus, *, unless: str = "", **changes: Any) -> int:
         """``held(run_id, attempt).move(to, ...)``, for the statement that ends each execution.
 
         Written by hand: the ORM takes longer to build it than the database to execute it. A change is a plain value
-        or a DatabaseNow.
+        or a DatabaseNow. Not if the boolean column `unless` is true.
         """
         if RunStatus.RUNNING not in SOURCES[to]:
             return 0
@@ -83,6 +83,7 @@ class RunQuerySet(models.QuerySet["WorkflowRun"]):
         statement = (
             f"UPDATE {quote(meta.db_table)} SET {', '.join(assignments)} "  # noqa: S608 (names of ours only)
             f"WHERE {quote('id')} = %s AND {quote('attempt')} = %s AND {quote('status')} = '{RunStatus.RUNNING}'"
+            f"{f' AND NOT {quote(unless)}' if unless else ''}"
         )
         with transaction.mark_for_rollback_on_error(using=self.db):
             return compat.execute_often(connection, statement, [*params, run_id, attempt])

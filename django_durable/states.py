@@ -1,12 +1,13 @@
 """The state machine of a run, and the outcomes and kinds of a step: all of it, in one place.
 
 PENDING ──claim──▶ RUNNING ──▶ SUCCEEDED
-   ▲                 │ ├─────▶ FAILED ────┐
-   │ due, woken      │ ├─────▶ DEAD ──────┤ resume()
+ │ ▲                 │ ├─────▶ FAILED ────┐
+ │ │ due, woken      │ ├─────▶ DEAD ──────┤ resume()
 WAITING ◀──has to wait ├─────▶ PENDING    │
-   │                   │  (handed back,   ▼
-   │                   │   recovered)   PENDING
-   └─ any unfinished ──┴─────▶ CANCELLED ──▲
+ ▲ │        or paused  │  (handed back,   ▼
+ │ │                   │   recovered)   PENDING
+ └─┴─ any unfinished ──┴─────▶ CANCELLED ──▲
+ pause()
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class StepStatus(TextChoices):
     FAILED = "FAILED", _("failed")
     # It failed and will be tried again: not an outcome, replay executes it.
     RETRYING = "RETRYING", _("retrying")
+    # It waits for something: not an outcome, replay goes on waiting.
+    WAITING = "WAITING", _("waiting")
 
 
 class StepKind(TextChoices):
@@ -48,7 +51,27 @@ class StepKind(TextChoices):
     STEP = "step", _("step")
     # A transaction: its writes and its checkpoint commit together.
     ATOMIC = "atomic", _("atomic")
+    # A pause; its value is the time at which it ends.
+    SLEEP = "sleep", _("sleep")
+    # A message taken from the run's own mailbox, or put into another's.
+    RECEIVE = "receive", _("receive")
+    SEND = "send", _("send")
+    # A value that the run has published, or another's that it has read.
+    EVENT = "event", _("event")
+    # Another run that this one has started or called.
+    CHILD = "child", _("child")
+    # The end of other runs.
+    WAIT = "wait", _("wait")
+    # A marker: the run came to this point behind the change of its code.
+    PATCH = "patch", _("patch")
+    # A person's decision.
+    APPROVAL = "approval", _("approval")
+    # A value written to one of the run's streams.
+    STREAM = "stream", _("stream")
 
+
+# Not outcomes: what a replay executes again, or goes on with.
+OPEN_STEPS = frozenset({StepStatus.RETRYING, StepStatus.WAITING})
 
 UNFINISHED = frozenset({RunStatus.PENDING, RunStatus.RUNNING, RunStatus.WAITING})
 FINISHED = frozenset(RunStatus) - UNFINISHED
@@ -58,7 +81,8 @@ RESUMABLE = frozenset({RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.DEAD})
 SOURCES: dict[RunStatus, frozenset[RunStatus]] = {
     RunStatus.PENDING: frozenset({RunStatus.RUNNING, RunStatus.WAITING}) | RESUMABLE,
     RunStatus.RUNNING: frozenset({RunStatus.PENDING}),
-    RunStatus.WAITING: frozenset({RunStatus.RUNNING}),
+    # From PENDING by pause() alone: what is due is held back before it has begun.
+    RunStatus.WAITING: frozenset({RunStatus.RUNNING, RunStatus.PENDING}),
     RunStatus.SUCCEEDED: frozenset({RunStatus.RUNNING}),
     RunStatus.FAILED: frozenset({RunStatus.RUNNING}),
     RunStatus.DEAD: frozenset({RunStatus.RUNNING}),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
+from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.db import transaction
 
-from django_durable.conf import as_seconds
-from django_durable.engine.context import current_run
-from django_durable.engine.operations import database_of
+from django_durable.conf import as_seconds, is_whole
+from django_durable.engine import asynchronous, parallel
+from django_durable.engine.calls import is_async
+from django_durable.engine.context import current_body, current_run
 from django_durable.engine.retries import RetryPolicy, policy
+from django_durable.engine.starting import database_of
 from django_durable.engine.stepper import perform
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 Errors = type[BaseException] | Sequence[type[BaseException]]
 
 ISOLATION_LEVELS = ("read committed", "repeatable read", "serializable")
@@ -39,6 +43,9 @@ class Step(Generic[P, R]):
     ) -> None:
         functools.update_wrapper(self, func)
         self.func = func
+        self.is_async = is_async(func)
+        if self.is_async:
+            markcoroutinefunction(self)
         self.name = name
         self.atomic = atomic
         self.using = using
@@ -47,15 +54,72 @@ class Step(Generic[P, R]):
         self.isolation = isolation
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        context = current_run()
-        if context is not None and context.step is None:
-            value: R = perform(context, self, args, kwargs)
+        context = current_body()
+        if context is not None:
+            run: Callable[..., Any] = asynchronous.call_step if self.is_async else perform
+            value: R = run(context, self, args, kwargs)
             return value
         # Outside a workflow it is the plain function; inside another step it is part of that step.
         if not self.atomic:
             return self.func(*args, **kwargs)
-        with transaction.atomic(using=self.using or (context.alias if context else database_of())):
+        around = current_run()
+        with transaction.atomic(using=self.using or (around.alias if around else database_of())):
             return self.func(*args, **kwargs)
+
+    @overload
+    def acall(self: Step[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+
+    @overload
+    def acall(self: Step[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+
+    @markcoroutinefunction
+    def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the step from async code, and await what this returns: of a plain step, too.
+
+        In an async workflow a plain step is executed in the run's own thread, one at a time; its position is given
+        by this call.
+        """
+        if self.is_async:
+            return self(*args, **kwargs)
+        context = current_body()
+        if context is not None:
+            return asynchronous.call_step(context, self, args, kwargs)
+        return sync_to_async(self)(*args, **kwargs)
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> parallel.StepFuture[R]:
+        """Call the step beside the workflow's body; the future's `result()` waits for its value or error.
+
+        Up to 8 are under way at a time, each in a thread with connections of its own. All that were submitted come to
+        their outcomes before the run ends. Outside a workflow and inside another step it is called here and now.
+        """
+        self._refuse_async("submit")
+        context = current_body()
+        if context is None:
+            return parallel.Called(lambda: self(*args, **kwargs))
+        return parallel.submit(context, self, args, kwargs)
+
+    def map(self, items: Iterable[Any], max_parallel: int = parallel.MAX_PARALLEL) -> list[R]:
+        """Call the step with each item, up to `max_parallel` at a time; return the values in the items' order.
+
+        If some fail, the others come to their outcomes all the same; then the first error in order is raised. Outside
+        a workflow and inside another step they are called here, one after the other. Raises ValueError for a
+        `max_parallel` below 1.
+        """
+        self._refuse_async("map")
+        if not is_whole(max_parallel) or max_parallel < 1:
+            raise ValueError(f"max_parallel takes a whole number from 1, found {max_parallel!r}.")
+        context = current_body()
+        if context is None:
+            call: Callable[[Any], R] = self
+            return [call(item) for item in items]
+        return parallel.each(context, self, items, max_parallel)
+
+    def _refuse_async(self, method: str) -> None:
+        if self.is_async:
+            raise TypeError(
+                f"{method}() runs plain functions in threads, and step {self.name!r} is an async function. In an async "
+                "workflow await several of its calls with asyncio.gather()."
+            )
 
     def __repr__(self) -> str:
         return f"<Step {self.name}>"
@@ -131,6 +195,12 @@ def step(
 
     def decorate(func: Callable[P, R]) -> Step[P, R]:
         check_function(func, "step", name)
+        if atomic and is_async(func):
+            raise TypeError(
+                f"{getattr(func, '__qualname__', func)!r} is an async function, and Django has no async transaction: "
+                "write @durable.step(atomic=False), or make it a plain def, which an async workflow awaits with "
+                ".acall()."
+            )
         return Step(
             func,
             name=checked_name(func.__qualname__ if name is None else name, "step"),
@@ -147,6 +217,14 @@ def step(
 def run_step(name: str, fn: Callable[..., R], /, *args: Any, atomic: bool = False, **kwargs: Any) -> R:
     """Call any callable as a step of this name, with the other arguments. Not atomic unless `atomic` is True."""
     return _unretried(name, atomic, fn)(*args, **kwargs)
+
+
+@markcoroutinefunction
+def arun_step(
+    name: str, fn: Callable[..., Any], /, *args: Any, atomic: bool = False, **kwargs: Any
+) -> Coroutine[Any, Any, Any]:
+    """See run_step(). `fn` is a plain or an async function."""
+    return _unretried(name, atomic, fn).acall(*args, **kwargs)
 
 
 def _unretried(name: str, atomic: bool, fn: Callable[..., R]) -> Step[..., R]:
@@ -167,8 +245,8 @@ def check_function(func: Any, what: str, name: str | None) -> None:
         raise TypeError(f"@durable.{what} takes a function, found {type(func).__name__}: {func!r}.")
     if name is None and not hasattr(func, "__qualname__"):
         raise TypeError(f"@durable.{what} takes the name of a {type(func).__name__} as name=..., it has none itself.")
-    if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func) or inspect.isgeneratorfunction(func):
+    if inspect.isasyncgenfunction(func) or inspect.isgeneratorfunction(func):
         raise TypeError(
-            f"@durable.{what} takes a plain function, and {getattr(func, '__qualname__', func)!r} is an async function "
-            "or a generator. Write it as def ... return; call async code in it with asgiref's async_to_sync."
+            f"@durable.{what} takes a function that returns its value, and {getattr(func, '__qualname__', func)!r} is "
+            "a generator. Write it as def ... return, or as async def ... return."
         )

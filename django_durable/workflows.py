@@ -6,25 +6,29 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.core.exceptions import ValidationError
 from django.db.models import Model
 from django.forms import BaseForm
 
-from django_durable.conf import as_seconds
-from django_durable.engine import operations, registry
-from django_durable.engine.operations import StartOptions, check_text
+from django_durable.conf import as_seconds, check_text
+from django_durable.engine import asynchronous, awaiting, children, operations, registry
+from django_durable.engine.calls import is_async
+from django_durable.engine.context import current_body
 from django_durable.engine.retries import RetryPolicy, policy
+from django_durable.engine.starting import StartOptions, database_of
 from django_durable.exceptions import InvalidInput
 from django_durable.handles import RunHandle
 from django_durable.steps import Errors, check_function, checked_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class StartChanges(TypedDict, total=False):
@@ -57,6 +61,9 @@ class Workflow(Generic[P, R]):
     ) -> None:
         functools.update_wrapper(self, func)
         self.func = func
+        self.is_async = is_async(func)
+        if self.is_async:
+            markcoroutinefunction(self)
         self.name = name
         self.aliases = aliases
         self.queue = queue
@@ -71,29 +78,60 @@ class Workflow(Generic[P, R]):
         return f"<Workflow {self.name}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run it here and now, durably; return its result or raise its error.
+        """Run it here and now, durably; return its result or raise its error. An async workflow is to be awaited.
 
-        Raises `InsideTransaction` inside a transaction, whose rollback would undo its checkpoints.
+        In another workflow's body it is a child run, executed here if nobody else holds it; if it has to wait, its
+        parent waits with it. Raises `InsideTransaction` inside a transaction, whose rollback would undo its
+        checkpoints.
         """
-        value: R = operations.call(self, self.options, *self._arguments(args, kwargs))
+        value: R
+        if self.is_async:
+            value = self._await(args, kwargs)
+        elif (context := current_body()) is not None:
+            value = children.call(context, self, self.options, self._arguments(args, kwargs))
+        else:
+            value = operations.call(self, self.options, *self._arguments(args, kwargs))
         return value
+
+    def _await(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        context, arguments = current_body(), partial(self._arguments, args, kwargs)
+        if context is None:
+            return awaiting.acall(self, self.options, arguments)
+        return asynchronous.awaited(self.name, lambda: children.call(context, self, self.options, arguments()))
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
         """Store a run for a worker, in the caller's transaction, and return its handle.
 
+        In another workflow's body it is a child run, started exactly once.
+
         Raises TypeError for arguments that do not fit, `InvalidInput` for those that `validate` refuses,
         `SerializationError` for those that cannot be stored, and `RunIdInUse`.
         """
-        database = operations.database_of(self.options.database)
-        return RunHandle(operations.start(self, self.options, *self._arguments(args, kwargs)), database)
+        arguments, context = self._arguments(args, kwargs), current_body()
+        if context is not None:
+            child = children.start(context, self, self.options, arguments)
+            return RunHandle(child, self.options.database or context.alias)
+        return RunHandle(operations.start(self, self.options, *arguments), database_of(self.options.database))
 
-    async def acall(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """See __call__()."""
-        return await sync_to_async(self)(*args, **kwargs)
+    @overload
+    def acall(
+        self: Workflow[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]: ...
 
-    async def astart(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
+    @overload
+    def acall(self: Workflow[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+
+    @markcoroutinefunction
+    def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the workflow from async code, plain or async, and await what this returns; see __call__()."""
+        if self.is_async or current_body() is not None:
+            return self._await(args, kwargs)
+        return sync_to_async(self)(*args, **kwargs)
+
+    @markcoroutinefunction
+    def astart(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, RunHandle]:
         """See start()."""
-        return await sync_to_async(self.start)(*args, **kwargs)
+        return asynchronous.awaited(self.name, self.start, *args, **kwargs)
 
     def using(self, **options: Unpack[StartChanges]) -> Workflow[P, R]:
         """Return a copy whose runs are started with these options; further ones add to them.

@@ -6,26 +6,13 @@ It opens the shop as the last demo left it, or, before any demo, a new one under
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
-MISSING = [name for name in ("django", "django_durable", "environ", "httpx") if importlib.util.find_spec(name) is None]
-if MISSING:
-    sys.exit(f"Not installed here: {', '.join(MISSING)}. `make serve`, one folder up, installs them and starts this.")
-
-from backstage.children import (  # noqa: E402
-    TESTPROJECT,
-    ChildFailed,
-    Children,
-    children,
-    environment,
-    free_port,
-    wait_until_answers,
-)
+from backstage.children import TESTPROJECT, ChildFailed, Children, children, environment
+from backstage.opening import open_shop
 
 
 def main() -> int:
@@ -50,24 +37,16 @@ def main() -> int:
 def serve(processes: Children, port: int) -> None:
     """Start everything, say where it is, and wait for the first process that ends."""
     print(f"Opening the shop in {processes.folder} ...", flush=True)
-    processes.run("migrate", "--verbosity=0")
-    processes.run("seed_shop")
-    ledger = str(processes.folder / "ledger.sqlite3")
-    processes.start("payments", "-m", "payments", "--ledger", ledger)
-    processes.env["PAYMENTS_URL"] = payments = next_event(processes)["listening"]
     if port and not is_free(port):
         print(f"Port {port} is taken, so the shop gets another. --port chooses one.")
         port = 0
-    port = port or free_port()
-    shop = processes.start("shop", "manage.py", "runserver", "--noreload", f"127.0.0.1:{port}")
+    shop = open_shop(processes, port)
     processes.start("worker", "manage.py", "durable_worker")
-    url = f"http://127.0.0.1:{port}"
-    wait_until_answers(url, shop)
     print(
         f"""
-   the shop      {url}/
-   the admin     {url}/admin/   user admin, password admin
-   the ledger    {payments}/charges
+   the shop      {shop.url}/
+   the admin     {shop.url}/admin/   user admin, password admin
+   the ledger    {shop.payments_url}/charges
    the mails     {processes.folder / "mail"}
    the logs      {processes.folder / "log"}
 
@@ -76,21 +55,13 @@ Ctrl-C ends everything.""",
         flush=True,
     )
     while True:
-        next_event(processes)
-
-
-def next_event(processes: Children) -> dict[str, Any]:
-    """Wait until a process tells something. Here none may end by itself."""
-    event = processes.events.get()
-    if event.get("what") == "ended":
-        raise ChildFailed.ended(event["child"], event["code"])
-    return event
+        processes.next_event()
 
 
 def last_folder() -> Path:
     demos = TESTPROJECT / "var" / "demo"
-    finished = sorted(demos.iterdir()) if demos.is_dir() else []
-    return finished[-1] if finished else TESTPROJECT / "var"
+    folders = sorted(demos.iterdir()) if demos.is_dir() else []
+    return folders[-1] if folders else TESTPROJECT / "var"
 
 
 def is_free(port: int) -> bool:

@@ -113,18 +113,6 @@ def test_a_view_under_atomic_requests_may_start_but_not_call(client, monkeypatch
     assert ledger_of("B") == [0, 0, 0]
 
 
-@durable.workflow(name="tests.workflows.outer")
-def outer(how):
-    return getattr(echo, how)("inner")
-
-
-@pytest.mark.parametrize("how", ["start", "__call__"])
-def test_a_workflow_in_another_ones_body_is_refused(how):
-    with pytest.raises(durable.InsideWorkflow, match="atomic step"):
-        outer(how)
-    assert WorkflowRun.objects.get().workflow == "tests.workflows.outer"
-
-
 @durable.step(name="start_inner")
 def start_inner(message):
     run = echo.using(run_id="inner").start(message)

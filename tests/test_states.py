@@ -1,6 +1,7 @@
 """The state machine: what is allowed works, what is not is refused, and every change goes through `move`."""
 
 import pytest
+from django.utils import timezone
 
 import django_durable as durable
 from django_durable.models import StepCheckpoint, WorkflowRun
@@ -18,6 +19,7 @@ ALLOWED = {
     ("RUNNING", "PENDING"),
     ("RUNNING", "DEAD"),
     ("WAITING", "PENDING"),
+    ("PENDING", "WAITING"),
     ("PENDING", "CANCELLED"),
     ("RUNNING", "CANCELLED"),
     ("WAITING", "CANCELLED"),
@@ -69,13 +71,13 @@ def test_every_status_is_reached_and_is_of_one_sort():
 def test_cancel_and_resume_obey_the_table(run, status):
     WorkflowRun.objects.update(status=status)
     assert run.cancel() is (status in UNFINISHED)
-    WorkflowRun.objects.update(status=status)
+    WorkflowRun.objects.update(status=status, finished_at=timezone.now())
     assert run.resume() is (status in RESUMABLE)
 
 
 def test_the_statuses_are_stored_as_the_text_that_handles_show(run):
     assert list(RunStatus.values) == ["PENDING", "RUNNING", "WAITING", "SUCCEEDED", "FAILED", "CANCELLED", "DEAD"]
-    assert list(StepStatus.values) == ["SUCCEEDED", "FAILED", "RETRYING"]
+    assert list(StepStatus.values) == ["SUCCEEDED", "FAILED", "RETRYING", "WAITING"]
     assert run.status == "PENDING"
 
 

@@ -8,7 +8,7 @@ from django.contrib import admin
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 
 # At run time ModelAdmin takes no type argument; the type checker wants one.
 if TYPE_CHECKING:

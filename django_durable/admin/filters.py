@@ -14,7 +14,7 @@ from django.utils.translation import gettext_lazy as _
 
 from django_durable.clock import DatabaseNow
 from django_durable.engine import registry
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 from django_durable.models import WorkflowRun
 from django_durable.states import RunStatus
 

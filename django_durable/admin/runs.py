@@ -22,7 +22,7 @@ from django_durable.admin.paging import CappedPaginator
 from django_durable.admin.steps import ERROR, FIRST_LINE, starts
 from django_durable.admin.values import HIDDEN, SHOWN
 from django_durable.clock import DatabaseNow
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 from django_durable.models import Worker, WorkflowRun
 from django_durable.states import RunStatus
 
@@ -128,12 +128,12 @@ class RunAdmin(ReadOnly, RunModelAdmin):
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
         """The run with its steps. Nothing is changed here, so there is no form."""
-        if not self.has_view_permission(request):
-            raise PermissionDenied
         if request.method not in ("GET", "HEAD"):
             return HttpResponseNotAllowed(["GET", "HEAD"])
         payloads = may_see_payloads(request)
         run = self._stored(request, unquote(object_id), payloads=payloads)
+        if not self.has_view_permission(request, run):
+            raise PermissionDenied
         if run is None:
             # Django's own answer to a page that is not there.
             return super().change_view(request, object_id, form_url, extra_context)

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from django.core.paginator import Page, Paginator
-from django.db.models import Count, F, Max, Min, Value
+from django.db.models import Count, F, Min, Value
 from django.db.models.functions import Left, Length
 
 from django_durable.admin import values, words
@@ -29,7 +29,11 @@ class Span:
     """The time that the bars are drawn over: from the run's first execution to its end, or to now."""
 
     start: datetime
-    seconds: float
+    end: datetime
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.start).total_seconds()
 
     def bar(self, start: datetime, end: datetime) -> tuple[int, int]:
         """Where a bar begins and how wide it is."""
@@ -50,8 +54,10 @@ class Step:
         self.status_class = words.status_class(row.status)
         self.started = words.moment(row.started_at, words.clock(row.started_at))
         self.offset = words.between(span.start, row.started_at)
-        self.duration = words.between(row.started_at, row.finished_at)
-        self.x, self.width = span.bar(row.started_at, row.finished_at)
+        # One that waits has its deadline there, and a pause its end, which may be to come.
+        waiting = row.status == StepStatus.WAITING
+        self.duration = words.between(row.started_at, span.end if waiting else row.finished_at)
+        self.x, self.width = span.bar(row.started_at, span.end if waiting else min(row.finished_at, span.end))
         self.error_type = values.error_type(stored.error_start)
         self.failed = bool(self.error_type)
         if payloads:
@@ -79,10 +85,10 @@ class Steps:
 def load(run: WorkflowRun, alias: str, now: datetime, number: Any, *, payloads: bool) -> Steps:
     """Read one page of the run's steps; of values and errors only the start, and without `payloads` none."""
     steps = StepCheckpoint.objects.using(alias).filter(run=run.pk)
-    times = steps.aggregate(count=Count("position"), first=Min("started_at"), last=Max("finished_at"))
+    times = steps.aggregate(count=Count("position"), first=Min("started_at"))
     start = min(time for time in (run.started_at, times["first"], now) if time)
-    end = max(time for time in (run.finished_at or now, times["last"]) if time)
-    span = Span(start, (end - start).total_seconds())
+    end = run.finished_at or max(now, start)
+    span = Span(start, end)
     # A page of numbers, since they have been counted: each page of rows is one query.
     page = Paginator(range(times["count"]), PER_PAGE).get_page(number)
     shown = steps.order_by("position").defer("output", "error", "exception")

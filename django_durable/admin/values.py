@@ -35,6 +35,11 @@ class Unreadable(Exception):
     """The text would be too long in lines of their own."""
 
 
+# What reading raises on a text that the codec has not written. Then the whole text is shown as it is: to render only
+# the odd part anew would render what is inside it twice, and at the next level four times.
+NOT_OURS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, Unreadable)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A text on a page: "" and not hidden, there is none."""
@@ -53,7 +58,7 @@ def value(stored: str, size: int | None) -> Shown:
         return cut(stored, size)
     try:
         return Shown(readable(stored))
-    except (ValueError, RecursionError, Unreadable):
+    except NOT_OURS:
         # Another serializer's text, or one that is nested too deep: as it is.
         return Shown(clean_text(stored))
 
@@ -68,7 +73,7 @@ def call(workflow: str, stored: str, size: int | None) -> Shown:
         parts = [_lines(item) for item in args]
         parts += [_prefixed(f"{name}=", _lines(item)) for name, item in kwargs.items()]
         return Shown(_text(_bracketed(f"{workflow}(", parts, ")")))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, Unreadable):
+    except NOT_OURS:
         return value(stored, size)
 
 
@@ -106,10 +111,7 @@ def traceback(error: str, size: int | None) -> Shown:
 
 
 def readable(stored: str) -> str:
-    """The stored text of a value in Python's notation, broken into lines.
-
-    Raises ValueError if it is not JSON, RecursionError or `Unreadable` if it is nested too deep.
-    """
+    """The stored text of a value in Python's notation, broken into lines. Raises one of `NOT_OURS` if it is none."""
     return _text(_lines(json.loads(stored)))
 
 
@@ -127,13 +129,7 @@ def _lines(node: Any) -> Lines:
         return _sequence("[", node, "]")
     if not isinstance(node, dict):
         return [repr(node)]
-    if TAG not in node:
-        return _pairs(node.items())
-    try:
-        return _KINDS.get(node[TAG], _other)(node)
-    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
-        # Not what the codec writes: shown as what it is.
-        return _pairs(node.items())
+    return _KINDS.get(node[TAG], _other)(node) if TAG in node else _pairs(node.items())
 
 
 def _bracketed(start: str, parts: list[Lines], end: str) -> Lines:
@@ -195,9 +191,9 @@ def _offset(stored: Stored) -> Lines:
 
 
 def _model(stored: Stored) -> Lines:
-    *_before, key = _lines(stored["v"])
+    *before, last = _prefixed(f"<{stored['m']} ", _lines(stored["v"]))
     database = "" if stored["db"] == "default" else f" in {stored['db']}"
-    return [f"<{stored['m']} {key}{database}>"]
+    return [*before, f"{last}{database}>"]
 
 
 def _exception(stored: Stored) -> Lines:

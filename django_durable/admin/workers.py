@@ -16,7 +16,7 @@ from django_durable.admin import words
 from django_durable.admin.access import ReadOnly, WorkerModelAdmin, in_our_database
 from django_durable.admin.paging import CappedPaginator
 from django_durable.clock import DatabaseNow
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 from django_durable.models import Worker, WorkflowRun
 
 
@@ -51,9 +51,9 @@ class WorkerAdmin(ReadOnly, WorkerModelAdmin):
         if worker.expires_at > worker.read_at:
             return format_html('<span class="durable-badge durable-succeeded">{}</span>', gettext("alive"))
         # A web process lets its lease go between direct calls; a worker does not.
-        label = gettext("idle") if worker.kind == "web" and not worker.running else gettext("expired")
-        kind = "durable-cancelled" if label == gettext("idle") else "durable-failed"
-        return format_html('<span class="durable-badge {}">{}</span>', kind, label)
+        if worker.kind == "web" and not worker.running:
+            return format_html('<span class="durable-badge durable-cancelled">{}</span>', gettext("idle"))
+        return format_html('<span class="durable-badge durable-failed">{}</span>', gettext("expired"))
 
     @admin.display(description=_("process"))
     def process(self, worker: Worker) -> str:

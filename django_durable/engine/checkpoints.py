@@ -17,14 +17,15 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from django.db import Error, IntegrityError, connections
+from django.db.models import Q
 
 from django_durable import compat, signals
-from django_durable.clock import DatabaseNow
 from django_durable.compat import Trouble
+from django_durable.engine import endings
 from django_durable.engine.context import RunContext
-from django_durable.exceptions import Cancelled, LeaseLost
+from django_durable.exceptions import Cancelled, InsideTransaction, LeaseLost
 from django_durable.models import StepCheckpoint, WorkflowRun
-from django_durable.states import RunStatus, StepKind, StepStatus
+from django_durable.states import OPEN_STEPS, RunStatus, StepKind, StepStatus
 
 T = TypeVar("T")
 _ALONE = nullcontext()
@@ -131,6 +132,12 @@ def checkpoint(
     )
 
 
+def check_not_in_transaction(context: RunContext, name: str) -> None:
+    """Raise InsideTransaction if what is recorded now could be rolled back by the workflow's own atomic() block."""
+    if compat.in_users_transaction(connections[context.alias]):
+        raise InsideTransaction.step(name, context.run_id, context.alias)
+
+
 def record(context: RunContext, step: StepCheckpoint, *, replaces: bool, effect_happened: bool) -> StepCheckpoint:
     """Store an outcome in a commit of its own, through lost connections; return the row that stands.
 
@@ -163,16 +170,22 @@ def record(context: RunContext, step: StepCheckpoint, *, replaces: bool, effect_
     return stored
 
 
-def found(context: RunContext, position: int, alias: str | None = None) -> StepCheckpoint | None:
-    """The outcome that stands at a position: ours, if only the answer to its COMMIT was lost, or another's."""
+def found(
+    context: RunContext, position: int, alias: str | None = None, *, also_open: bool = False
+) -> StepCheckpoint | None:
+    """The outcome that stands at a position: ours, if only the answer to its COMMIT was lost, or another's.
+
+    `also_open`: or what this attempt has left there to go on with.
+    """
     rows = StepCheckpoint.objects.using(alias or context.alias).filter(run=context.run_id, position=position)
-    return persist(context, rows.exclude(status=StepStatus.RETRYING).first, alias)
+    stands = ~Q(status__in=OPEN_STEPS)
+    return persist(context, rows.filter(stands | Q(attempt=context.attempt) if also_open else stands).first, alias)
 
 
 def drop_try(context: RunContext, position: int) -> None:
-    """Delete the record of a try that was to be repeated, for the outcome to take its place."""
+    """Delete the record of what was to be repeated, or was waited for: the outcome takes its place."""
     rows = StepCheckpoint.objects.using(context.alias).filter(run=context.run_id, position=position)
-    rows.filter(status=StepStatus.RETRYING).delete()
+    rows.filter(status__in=OPEN_STEPS)._raw_delete(context.alias)
 
 
 def _one_commit(alias: str, *, several: bool) -> Any:
@@ -192,10 +205,10 @@ def lost(context: RunContext) -> BaseException:
     return context.end(LeaseLost(f"run {context.run_id} has another owner"))
 
 
-def cancel_own(context: RunContext, reason: str) -> None:
-    """Cancel the run in the transaction of its own step."""
+def cancel_own(context: RunContext, reason: str) -> list[endings.Ended]:
+    """Cancel the run in the transaction of its own step; return what is to be told behind its commit."""
     held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
-    held.move(RunStatus.CANCELLED, cancel_reason=reason, finished_at=DatabaseNow(), wake_at=None, waiting_for="")
+    return endings.cancel(context.alias, context.run_id, held, reason)
 
 
 def still_held(context: RunContext) -> bool:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from django.db import connections
 from django.db.models import F
 from django.db.models.functions import Coalesce
 
-from django_durable import compat, signals
+from django_durable import compat
 from django_durable.clock import DatabaseNow
 from django_durable.conf import options
-from django_durable.engine import registry
+from django_durable.engine import endings, registry
 from django_durable.engine.leases import Lease
 from django_durable.engine.registry import Definition
 from django_durable.exceptions import RunDead
 from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.serialization import describe_exception, dump_exception
 from django_durable.states import UNFINISHED, RunStatus
 
 # What a sweep moves at a time.
@@ -74,7 +75,8 @@ def _take(lease: Lease, chosen: dict[str, list[str]], limit: int, *, busy: bool)
         if runs or not due.filter(recoveries__gte=SUSPECT_RECOVERIES).exists():
             return runs
     with compat.write_transaction(lease.alias):
-        runs = list(due.select_for_update(skip_locked=locking).order_by("-priority", "run_after", "pk")[:limit])
+        taking = compat.claim_lock(connection)
+        runs = list(due.select_for_update(**taking).order_by("-priority", "run_after", "pk")[:limit])
         runs = runs if alone else _apart(runs, lease, busy)
         if not runs:
             return []
@@ -85,16 +87,16 @@ def _take(lease: Lease, chosen: dict[str, list[str]], limit: int, *, busy: bool)
             "attempt": F("attempt") + 1,
             "started_at": Coalesce("started_at", started),
         }
-        groups: dict[float | None, list[WorkflowRun]] = defaultdict(list)
+        groups: dict[datetime | None, list[WorkflowRun]] = defaultdict(list)
         for run in runs:
-            groups[run.timeout if run.deadline is None else None].append(run)
-        for timeout, same in groups.items():
-            deadline: dict[str, Any] = {} if timeout is None else {"deadline": started + timedelta(seconds=timeout)}
+            groups[_new_deadline(run, started)].append(run)
+        for deadline, same in groups.items():
+            changes = taken if deadline is None else {**taken, "deadline": deadline}
             WorkflowRun.objects.using(lease.alias).filter(pk__in=[run.pk for run in same]).move(
-                RunStatus.RUNNING, **taken, **deadline
+                RunStatus.RUNNING, **changes
             )
             for run in same:
-                run.deadline = deadline.get("deadline", run.deadline)
+                run.deadline = deadline or run.deadline
     for run in runs:
         run.status, run.worker, run.version = RunStatus.RUNNING, lease.id, options().VERSION
         run.attempt += 1
@@ -109,7 +111,7 @@ def _take_at_once(lease: Lease, chosen: dict[str, list[str]], limit: int) -> lis
     """
     connection = connections[lease.alias]
     quote, columns = connection.ops.quote_name, [str(field.column) for field in WorkflowRun._meta.concrete_fields]
-    lock = "FOR UPDATE SKIP LOCKED" if connection.features.has_select_for_update_skip_locked else ""
+    lock = connection.ops.for_update_sql(**taking) if (taking := compat.claim_lock(connection)) else ""
     where = "".join(f" AND {quote(column)} IN ({', '.join(['%s'] * len(values))})" for column, values in chosen.items())
     name = {column: quote(column) for column in columns}
     table, pending = quote(WorkflowRun._meta.db_table), f"{name['status']} = '{RunStatus.PENDING}'"
@@ -129,12 +131,20 @@ def _take_at_once(lease: Lease, chosen: dict[str, list[str]], limit: int) -> lis
     found = WorkflowRun.objects.using(lease.alias).raw(statement, [*values, limit, lease.id, options().VERSION, moment])
     runs = sorted(found, key=lambda run: (-run.priority, run.run_after, run.pk))
     for taken in runs:
-        if taken.timeout is not None and taken.deadline is None:
+        if (deadline := _new_deadline(taken, started)) is not None:
             # If this process dies before, the next claim sets it.
-            taken.deadline = started + timedelta(seconds=taken.timeout)
+            taken.deadline = deadline
             held = WorkflowRun.objects.using(lease.alias).held(taken.pk, taken.attempt)
             held.update(deadline=taken.deadline)
     return runs
+
+
+def _new_deadline(run: WorkflowRun, started: datetime) -> datetime | None:
+    """The time limit that begins with this execution, or None. A child may have its parent's already."""
+    if run.timeout is None or (run.deadline is not None and run.started_at is not None and run.started_at < started):
+        return None
+    own = started + timedelta(seconds=run.timeout)
+    return own if run.deadline is None or own < run.deadline else None
 
 
 def is_suspect(run: WorkflowRun) -> bool:
@@ -153,8 +163,8 @@ def _apart(runs: list[WorkflowRun], lease: Lease, busy: bool) -> list[WorkflowRu
 
 
 def _with_history(lease: Lease, runs: list[WorkflowRun]) -> list[Claim]:
-    # A run that was never executed has no history to ask for.
-    executed = [run.pk for run in runs if run.attempt > 1]
+    # A run that was never executed has no history to ask for, unless it has another's.
+    executed = [run.pk for run in runs if run.attempt > 1 or run.forked_from_id is not None]
     history: dict[str, dict[int, StepCheckpoint]] = defaultdict(dict)
     if executed:
         for step in StepCheckpoint.objects.using(lease.alias).filter(run__in=executed):
@@ -171,33 +181,12 @@ def _with_history(lease: Lease, runs: list[WorkflowRun]) -> list[Claim]:
 
 def set_aside(lease: Lease, run: WorkflowRun, reason: Exception) -> bool:
     """Make a run that we hold DEAD, with the reason for a person to read. False: it was not ours any more."""
-    from django_durable.serialization import describe_exception, dump_exception
-
-    moved = (
-        WorkflowRun.objects.using(lease.alias)
-        .held(run.pk, run.attempt)
-        .move(
-            RunStatus.DEAD,
-            error=describe_exception(reason),
-            exception=dump_exception(reason),
-            finished_at=DatabaseNow(),
-        )
-    )
-    if moved:
-        announce_end(run, lease.alias, RunStatus.DEAD, lease.id)
-    return bool(moved)
-
-
-def announce_end(run: WorkflowRun, alias: str, status: RunStatus, worker: str) -> None:
-    signals.run_finished.send_robust(
-        WorkflowRun,
-        run_id=run.pk,
-        workflow=run.workflow,
-        database=alias,
-        worker=worker,
-        status=status,
-        attempt=run.attempt,
-    )
+    held = WorkflowRun.objects.using(lease.alias).held(run.pk, run.attempt)
+    error, exception = describe_exception(reason), dump_exception(reason)
+    if not endings.end(lease.alias, run.pk, held, RunStatus.DEAD, error=error, exception=exception):
+        return False
+    endings.announce_end(lease.alias, run.pk, run.workflow, RunStatus.DEAD, lease.id, run.attempt)
+    return True
 
 
 def wake_due(alias: str) -> int:
@@ -211,19 +200,18 @@ def wake_due(alias: str) -> int:
 
 
 def cancel_overdue(alias: str) -> int:
-    """Cancel unfinished runs whose deadline has passed."""
+    """Cancel unfinished runs whose deadline has passed, with their children; return how many."""
     overdue = WorkflowRun.objects.using(alias).filter(
         status__in=UNFINISHED, finished_at__isnull=True, deadline__lte=DatabaseNow()
     )
-    runs = list(overdue.only("pk", "workflow", "attempt", "worker")[:BATCH])
-    cancelled = 0
-    for run in runs:
-        if overdue.filter(pk=run.pk).move(
-            RunStatus.CANCELLED, cancel_reason="timeout", finished_at=DatabaseNow(), wake_at=None, waiting_for=""
-        ):
-            cancelled += 1
-            announce_end(run, alias, RunStatus.CANCELLED, run.worker)
-    return cancelled
+    # A parent before the children that have its deadline: then the whole tree is cancelled in one go.
+    ids = list(overdue.order_by("deadline", "created_at").values_list("pk", flat=True)[:BATCH])
+    count = 0
+    for run_id in ids:
+        cancelled = endings.cancel(alias, run_id, overdue, "timeout")
+        endings.tell_cancelled(alias, cancelled)
+        count += len(cancelled)
+    return count
 
 
 def unknown_workflows(alias: str, queues: Iterable[str] = ()) -> set[str]:

@@ -34,6 +34,9 @@ logger = logging.getLogger("django_durable.worker")
 
 _of_this_process: weakref.WeakSet[Lease] = weakref.WeakSet()
 
+# A transaction of a step may be idle for so many leases before the server ends it.
+IDLE_LEASES = 10
+
 # At most so many runs are moved by one statement, so that a sweep never holds its locks for long.
 BATCH = 100
 
@@ -95,6 +98,10 @@ class Lease:
         else:
             self.lose()
         return not self._lost
+
+    def limit_idle_transactions(self) -> None:
+        """Let the server end transactions of this thread's connection that outlast the process's lease by far."""
+        compat.limit_idle_transactions(connections[self.alias], IDLE_LEASES * self.seconds)
 
     def renew_in_transaction(self) -> None:
         """Renew with a step's own commit, where that kept the heartbeat out: on SQLite there is one writer."""

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime
+from typing import Any
 
 from django_durable import compat
-from django_durable.clock import DatabaseNow
 from django_durable.engine import checkpoints
 from django_durable.engine.context import RunContext
 from django_durable.exceptions import Parked
 from django_durable.models import StepCheckpoint, WorkflowRun
-from django_durable.states import RunStatus
+from django_durable.states import RunStatus, StepStatus
 
 
 def park(
-    context: RunContext, seconds: float, waiting_for: str, row: StepCheckpoint | None = None, *, replaces: bool = False
+    context: RunContext, until: datetime, waiting_for: str, row: StepCheckpoint | None = None, *, replaces: bool = False
 ) -> BaseException:
-    """Store the run as WAITING for so long, and `row` with it; return what unwinds the workflow."""
+    """Store the run as WAITING until then, and `row` with it; return what unwinds the workflow."""
+    checkpoints.check_not_in_transaction(context, waiting_for)
+    context.join_branches()
+    context.guard()
+    # A parallel step may be due before; one of the body's own is not asked for its time on replay, and keeps it.
+    own_retry = row is not None and row.status == StepStatus.RETRYING
+    wake_at = until if own_retry else context.wake_by(until)
 
     def write() -> bool:
         with compat.write_transaction(context.alias):
             # The run's row first, here: taken after the checkpoint's shared lock, it would be an upgrade, on which
             # two parallel steps deadlock.
-            held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
-            wake_at = DatabaseNow(timedelta(seconds=seconds))
-            if not held.move(RunStatus.WAITING, wake_at=wake_at, waiting_for=waiting_for, worker=""):
+            changes: dict[str, Any] = {"wake_at": wake_at, "waiting_for": waiting_for, "worker": ""}
+            runs = WorkflowRun.objects.using(context.alias)
+            if not runs.move_held(context.run_id, context.attempt, RunStatus.WAITING, **changes):
                 return False
             if row is not None:
                 if replaces:

@@ -48,3 +48,12 @@ def load(text: str, place: str) -> Any:
         return _serializer().loads(text)
     except SerializationError as error:
         raise error.at(place) from error.__cause__
+
+
+def dump_input(args: tuple[Any, ...], kwargs: dict[str, Any], workflow: str) -> str:
+    return dump({"args": list(args), "kwargs": kwargs}, f"The arguments of workflow {workflow!r}")
+
+
+def load_input(run_id: str, text: str) -> tuple[list[Any], dict[str, Any]]:
+    stored = load(text, f"The arguments of run {run_id}")
+    return stored["args"], stored["kwargs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -14,13 +15,16 @@ from django_durable import compat, signals
 from django_durable.clock import DatabaseNow
 from django_durable.compat import Trouble
 from django_durable.conf import options
-from django_durable.engine import checkpoints, claims, payloads
+from django_durable.engine import asynchronous, checkpoints, claims, endings, payloads, steering
+from django_durable.engine.bell import ring_after_commit
+from django_durable.engine.calls import is_async
 from django_durable.engine.claims import Claim
-from django_durable.engine.context import RunContext, enter, leave
+from django_durable.engine.context import RunContext, current_run, inside, is_busy
 from django_durable.engine.leases import Lease, hand_back
 from django_durable.engine.retries import RetryPolicy, jittered
 from django_durable.exceptions import (
     Cancelled,
+    ContinueAsNew,
     Crash,
     DurableError,
     Halt,
@@ -31,9 +35,9 @@ from django_durable.exceptions import (
     RunFailed,
     SerializationError,
 )
-from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.models import WorkflowRun
 from django_durable.serialization import describe_exception, dump_exception, load_exception
-from django_durable.states import RunStatus, StepStatus
+from django_durable.states import RunStatus
 
 
 class End(NamedTuple):
@@ -45,72 +49,154 @@ class End(NamedTuple):
 
 def execute(claim: Claim, lease: Lease) -> End | None:
     """Replay a claimed run and store how it ended; None: it has not ended, or not here."""
-    run, definition, recorded = claim
-    context = RunContext(run, definition, lease, recorded, lease.alias)
-    lease.active[run.pk] = context
-    entered = enter(context)
+    if is_async(claim.definition.func) and asynchronous.hands_over():
+        raise asynchronous.Inline(partial(aexecute, claim, lease))
+    context = enter(claim, lease)
+    value, error = None, None
     try:
-        if context.attempt == 1:
-            _announce_start(context)
-        # Its deadline may have passed while it waited.
-        context.guard()
-        args, kwargs = load_input(run)
-        with _strict(context):
-            try:
-                value = definition.func(*args, **kwargs)
-            except Exception as error:
-                # What its cleaning up raises on the way out does not take the place of why it ends.
-                if context.ended is not None:
-                    raise context.ended from error
-                if context.cancelling is not None:
-                    raise Cancelled(context.cancelling) from error
-                raise
-            # What the body has swallowed ends it all the same.
-            if context.ended is not None:
-                raise context.ended
-            if context.cancelling is not None:
-                raise Cancelled(context.cancelling)
-            context.check_end()
-        return _succeed(context, value)
-    except Parked:
-        return None
-    except LeaseLost as reason:
-        # If the table still says it is ours, nobody else would ever take it.
-        _give_back(context, crashed=reason.crashed)
-        return None
-    except Cancelled:
-        if context.cancelling is not None:
-            _settle(context, RunStatus.CANCELLED, cancel_reason=context.cancelling)
-        return None
-    except Halt as halt:
-        return _halt(context, halt.error)
-    except Crash:
-        raise
-    except Exception as error:
-        return _fail(context, error)
-    except BaseException as error:
-        # In a worker's thread SystemExit and its like are the workflow's own. Elsewhere they end the process.
-        if lease.kind == "worker" and not isinstance(error, KeyboardInterrupt):
-            return _fail(context, error)
-        _give_back(context)
-        raise
+        try:
+            with inside(context), _strict(context):
+                args, kwargs = begin(context)
+                value = _call_body(context, args, kwargs)
+        except BaseException as raised:
+            error = raised
+        return conclude(context, value, error)
     finally:
-        leave(entered)
-        # After a takeover the same process may have claimed the run again, in another thread.
-        if lease.active.get(run.pk) is context:
-            del lease.active[run.pk]
+        leave(context)
 
 
-def dump_input(args: tuple[Any, ...], kwargs: dict[str, Any], workflow: str) -> str:
-    return payloads.dump({"args": list(args), "kwargs": kwargs}, f"The arguments of workflow {workflow!r}")
+async def aexecute(claim: Claim, lease: Lease) -> End | None:
+    """`execute` of an async workflow on the running loop, with the database work in its thread.
+
+    If who awaits it is cancelled, the run is handed back, and a worker goes on with it.
+    """
+    context = enter(claim, lease)
+    body = asynchronous.Body(context)
+    execution = asyncio.get_running_loop().create_task(_execute_here(context, body))
+    cancelled = None
+    while not execution.done():
+        try:
+            await asyncio.wait({execution})
+        except asyncio.CancelledError as error:
+            cancelled = error
+            body.leave()
+    if cancelled is not None:
+        raise cancelled
+    return execution.result()
 
 
-def load_input(run: WorkflowRun) -> tuple[list[Any], dict[str, Any]]:
+async def _execute_here(context: RunContext, body: asynchronous.Body) -> End | None:
+    value, error = None, None
+    strict = ExitStack()
+
+    def start() -> tuple[list[Any], dict[str, Any]]:
+        with inside(context):
+            strict.enter_context(_strict(context))
+            return begin(context)
+
+    def finish() -> End | None:
+        strict.close()
+        return conclude(context, value, error)
+
     try:
-        stored = payloads.load(run.input, f"The arguments of run {run.pk}")
+        try:
+            args, kwargs = await asynchronous.in_thread(start)
+            value = await body.run(args, kwargs)
+        except BaseException as raised:
+            error = raised
+        return await asynchronous.in_thread(finish)
+    finally:
+        leave(context)
+
+
+def _call_body(context: RunContext, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    function = context.definition.func
+    if is_async(function):
+        return asynchronous.drive(context, args, kwargs)
+    return function(*args, **kwargs)
+
+
+def enter(claim: Claim, lease: Lease) -> RunContext:
+    """Let this process execute the run, until `leave`."""
+    context = RunContext(claim.run, claim.definition, lease, claim.recorded, lease.alias)
+    lease.active[context.run_id] = context
+    return context
+
+
+def leave(context: RunContext) -> None:
+    if context.branches is not None:
+        context.branches.close()
+    # After a takeover the same process may have claimed the run again, in another thread.
+    active = context.lease.active
+    if active.get(context.run_id) is context:
+        del active[context.run_id]
+
+
+def begin(context: RunContext) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments that the body is called with; raise what ends the execution before it."""
+    if context.attempt == 1:
+        _announce_start(context)
+    # Its deadline may have passed while it waited.
+    context.guard()
+    try:
+        with inside(context, busy=True):
+            return payloads.load_input(context.run_id, context.run.input)
     except SerializationError as error:
         raise Halt(error) from error
-    return stored["args"], stored["kwargs"]
+
+
+def conclude(context: RunContext, value: Any, error: BaseException | None) -> End | None:
+    """Store how the body ended: with a value, or with an error."""
+    error = _reason(context, error)
+    if error is None:
+        return _succeed(context, value)
+    if isinstance(error, Parked):
+        return None
+    if isinstance(error, LeaseLost):
+        # If the table still says it is ours, nobody else would ever take it.
+        _give_back(context, crashed=error.crashed)
+        return None
+    if isinstance(error, Cancelled):
+        if context.cancelling is not None:
+            held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+            reason = context.cancelling
+            cancel = partial(endings.cancel, context.alias, context.run_id, held, reason)
+            endings.tell_cancelled(context.alias, checkpoints.persist(context, cancel))
+        return None
+    if isinstance(error, ContinueAsNew):
+        return _continue(context, error)
+    if isinstance(error, Halt):
+        return _halt(context, error.error)
+    if isinstance(error, Crash):
+        raise error
+    if isinstance(error, Exception):
+        return _fail(context, error)
+    # In a worker's thread SystemExit and its like are the workflow's own. Elsewhere they end the process.
+    if context.lease.kind == "worker" and not isinstance(error, KeyboardInterrupt):
+        return _fail(context, error)
+    _give_back(context)
+    raise error
+
+
+def _reason(context: RunContext, error: BaseException | None) -> BaseException | None:
+    """Why the execution ends: what the body has swallowed, or covered with its own error, ends it all the same."""
+    if error is not None and not isinstance(error, Exception | ContinueAsNew):
+        if not isinstance(error, Crash):
+            # What runs beside the body is recorded before others may execute the run.
+            with suppress(Halt, LeaseLost, Cancelled, Parked):
+                context.join_branches()
+        return error
+    try:
+        context.join_branches()
+        if context.ended is not None:
+            return context.ended
+        if context.cancelling is not None:
+            return Cancelled(context.cancelling)
+        if error is None or isinstance(error, ContinueAsNew):
+            context.check_end()
+    except (Halt, LeaseLost) as reason:
+        return reason
+    return error
 
 
 # -- How it ends ------------------------------------------------------------------------------------------------
@@ -121,7 +207,7 @@ def _succeed(context: RunContext, value: Any) -> End | None:
         output = payloads.dump(value, f"The result of run {context.run_id}")
     except SerializationError as error:
         return _fail(context, error)
-    if not _settle(context, RunStatus.SUCCEEDED, output=output, error=""):
+    if not _end(context, RunStatus.SUCCEEDED, output=output, error=""):
         return None
     return End(value=payloads.load(output, f"The result of run {context.run_id}"))
 
@@ -146,21 +232,33 @@ def _fail(context: RunContext, error: BaseException) -> End | None:
     }
     delay = retry.wait(error, failures)
     if delay is not None:
-        wake_at = DatabaseNow(timedelta(seconds=jittered(delay)))
-        _settle(
-            context,
-            RunStatus.WAITING,
-            also=lambda: rewind(context.alias, context.run_id, origin),
-            wake_at=wake_at,
-            waiting_for="retry",
-            worker="",
-            **stored,
-        )
+        _retry_later(context, jittered(delay), origin, **stored)
         return None
     exception = dump_exception(final)
-    if not _settle(context, RunStatus.FAILED, exception=exception, **stored):
+    if not _end(context, RunStatus.FAILED, exception=exception, **stored):
         return None
     return End(error=failure_of(context.run_id, exception).with_traceback(error.__traceback__))
+
+
+def _continue(context: RunContext, error: ContinueAsNew) -> End | None:
+    """End the run, and store the one that goes on for it, with the messages that nobody has read."""
+    run, alias = context.run, context.alias
+
+    def write() -> bool:
+        with compat.write_transaction(alias):
+            endings.lock_parent(alias, run.pk)
+            # Senders hold the row's existence: those before us are seen, those behind us see where the run went.
+            if not checkpoints.still_held(context):
+                return False
+            made = steering.go_on_as_new(alias, run, error.text)
+            changes: dict[str, Any] = {"continued_as": made, "finished_at": DatabaseNow(), "error": ""}
+            WorkflowRun.objects.using(alias).held(run.pk, run.attempt).move(RunStatus.SUCCEEDED, **changes)
+            return True
+
+    if _ours(context, write, RunStatus.SUCCEEDED):
+        endings.announce_end(alias, run.pk, run.workflow, RunStatus.SUCCEEDED, context.lease.id, run.attempt)
+        ring_after_commit(alias)
+    return None
 
 
 def failure_of(run_id: str, exception: str) -> BaseException:
@@ -178,33 +276,48 @@ def _halt(context: RunContext, error: DurableError) -> End | None:
     return None
 
 
-def _settle(context: RunContext, to: RunStatus, also: Callable[[], None] | None = None, **changes: Any) -> bool:
-    """Store the run's new status if it still is ours; False: it was cancelled, or another owns it."""
-    if to is not RunStatus.WAITING:
-        changes["finished_at"] = DatabaseNow()
-    asked = 0
+def _end(context: RunContext, to: RunStatus, **changes: Any) -> bool:
+    """Store the run's end if it still is ours; False: it was cancelled, or another owns it."""
 
     def write() -> bool:
+        return endings.end_held(context.alias, context.run_id, context.attempt, to, **changes)
+
+    if not _ours(context, write, to):
+        return False
+    run = context.run
+    endings.announce_end(context.alias, run.pk, run.workflow, to, context.lease.id, context.attempt)
+    return True
+
+
+def _retry_later(context: RunContext, delay: float, origin: tuple[int, int] | None, **changes: Any) -> None:
+    """Let the run wait for its next attempt, if it still is ours."""
+
+    def write() -> bool:
+        wake_at = DatabaseNow(timedelta(seconds=delay))
+        with compat.write_transaction(context.alias):
+            held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
+            if not held.move(RunStatus.WAITING, wake_at=wake_at, waiting_for="retry", worker="", **changes):
+                return False
+            steering.rewind(context.alias, context.run_id, origin)
+        return True
+
+    _ours(context, write, RunStatus.WAITING)
+
+
+def _ours(context: RunContext, write: Callable[[], bool], to: RunStatus) -> bool:
+    """Store how this execution ended, through lost connections; False: the run was not ours any more."""
+    asked = 0
+
+    def ask() -> bool:
         nonlocal asked
         asked += 1
-        runs = WorkflowRun.objects.using(context.alias)
-        if also is None:
-            moved = runs.move_held(context.run_id, context.attempt, to, **changes)
-        else:
-            with compat.write_transaction(context.alias):
-                moved = runs.move_held(context.run_id, context.attempt, to, **changes)
-                if moved:
-                    also()
+        if write():
+            return True
         # Asked again after a lost answer: the first one may have arrived.
-        return bool(moved) or (
-            asked > 1 and runs.filter(pk=context.run_id, attempt=context.attempt, status=to).exists()
-        )
+        same = WorkflowRun.objects.using(context.alias).filter(pk=context.run_id, attempt=context.attempt, status=to)
+        return asked > 1 and same.exists()
 
-    if not checkpoints.persist(context, write):
-        return False
-    if to is not RunStatus.WAITING:
-        claims.announce_end(context.run, context.alias, to, context.lease.id)
-    return True
+    return bool(checkpoints.persist(context, ask))
 
 
 def _give_back(context: RunContext, *, crashed: bool = False) -> None:
@@ -212,25 +325,6 @@ def _give_back(context: RunContext, *, crashed: bool = False) -> None:
     held = WorkflowRun.objects.using(context.alias).held(context.run_id, context.attempt)
     with suppress(LeaseLost):
         checkpoints.persist(context, lambda: hand_back(held, crashed=crashed))
-
-
-def rewind(alias: str, run_id: str, origin: tuple[int, int] | None) -> None:
-    """Let a retry execute the failed step anew, and forget the steps that followed from its error.
-
-    Steps whose positions were given before the workflow saw the error (parallel ones) keep their outcomes; those
-    given later belong to a course that the retry may not take. Call it in the transaction that makes the run due.
-    """
-    if origin is None:
-        return
-    position, horizon = origin
-    steps = StepCheckpoint.objects.using(alias).filter(run=run_id)
-    later = steps.filter(position__gt=horizon)
-    for other in set(later.exclude(database="").values_list("database", flat=True)):
-        StepCheckpoint.objects.using(other).filter(run=run_id, position__gt=horizon).delete()
-    later.delete()
-    steps.filter(position=position, status=StepStatus.FAILED).update(
-        status=StepStatus.RETRYING, attempts=0, exception=""
-    )
 
 
 # -- Around it --------------------------------------------------------------------------------------------------
@@ -254,8 +348,9 @@ def _strict(context: RunContext) -> Iterator[None]:
         return
 
     def check(run_query: Any, sql: str, params: Any, many: bool, more: Any) -> Any:
-        if not context.busy:
-            raise QueryOutsideStep(context.run_id, sql)
+        # The thread of an async run may have other work beside it.
+        if not is_busy() and (asks := current_run()) is not None:
+            raise QueryOutsideStep(asks.run_id, sql)
         return run_query(sql, params, many, more)
 
     with ExitStack() as stack:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
-from functools import partial
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -15,24 +14,20 @@ from django.db import Error, connections, transaction
 from django_durable import compat
 from django_durable.compat import Trouble
 from django_durable.conf import options
-from django_durable.engine import checkpoints, claims, payloads
+from django_durable.engine import checkpoints, endings, payloads
+from django_durable.engine.calls import answer, next_call
 from django_durable.engine.checkpoints import Outcome
-from django_durable.engine.context import RunContext, StepContext, before_step
+from django_durable.engine.context import RunContext, StepContext, before_step, inside
 from django_durable.engine.parking import park
 from django_durable.engine.retries import RetryPolicy, jittered
 from django_durable.exceptions import (
     Cancelled,
-    Halt,
-    InsideTransaction,
     LeaseLost,
-    NonDeterminism,
-    SerializationError,
-    StepFailed,
     StepTimeout,
 )
 from django_durable.models import StepCheckpoint
-from django_durable.serialization import describe_exception, dump_exception, load_exception
-from django_durable.states import RunStatus, StepKind, StepStatus
+from django_durable.serialization import describe_exception, dump_exception
+from django_durable.states import OPEN_STEPS, StepKind, StepStatus
 
 logger = logging.getLogger("django_durable.run")
 
@@ -54,46 +49,46 @@ class StepDefinition(Protocol):
     retry: RetryPolicy
 
 
+# A step may become atomic, or cease to be, without another history.
+STEP_KINDS = (StepKind.STEP, StepKind.ATOMIC)
+
+
 class _Refused(Exception):
     """The fence matched no row: rolls the step's transaction back."""
 
 
 def perform(context: RunContext, step: StepDefinition, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the step's recorded value or raise its recorded error, executing it if it has none yet."""
-    position = context.next_position()
-    recorded = context.recorded.get(position)
-    if context.ended is not None:
-        raise context.ended
-    context.busy = True
-    try:
-        if recorded is None and not context.fresh and step.using not in (None, context.alias):
-            recorded = _recorded_elsewhere(context, position, step)
-        if recorded is not None:
-            if recorded.name != step.name:
-                error = NonDeterminism(context.run_id, position, recorded.name, step.name)
-                raise context.end(Halt(error))
-            if recorded.status != StepStatus.RETRYING:
-                return answer(context, recorded)
-        if compat.in_users_transaction(connections[context.alias]):
-            raise InsideTransaction.step(step.name, context.run_id, context.alias)
-        execution = _Execution(context, step, position, recorded, args, kwargs)
-        return answer(context, execution.outcome(), execution.traceback)
-    finally:
-        context.busy = False
+    position, recorded = next_call(context, step.name, STEP_KINDS)
+    with inside(context, busy=True):
+        traceback = None
+        if recorded is None or recorded.status in OPEN_STEPS:
+            checkpoints.check_not_in_transaction(context, step.name)
+            recorded, traceback = bring_to_outcome(context, step, position, recorded, args, kwargs)
+        return answer(context, recorded, traceback)
 
 
-def answer(context: RunContext, recorded: StepCheckpoint, traceback: TracebackType | None = None) -> Any:
-    """Return or raise a recorded outcome, the first time as on every replay.
+def bring_to_outcome(
+    context: RunContext,
+    step: StepDefinition,
+    position: int,
+    recorded: StepCheckpoint | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    beside: bool = False,
+) -> tuple[StepCheckpoint, TracebackType | None]:
+    """Execute a step that has no outcome yet; return the row of its outcome, and the traceback of its error.
 
-    The first time an error still has its `traceback`, so that the run's own tells where it came from.
+    One that is executed `beside` the body cannot park the run: the row may be that of a try, to be repeated at its
+    `finished_at`.
     """
-    if recorded.status == StepStatus.FAILED:
-        error = load_exception(recorded.exception, otherwise=partial(StepFailed, step=recorded.name))
-        raise context.deliver(error, recorded.position).with_traceback(traceback)
-    try:
-        return payloads.load(recorded.output, f"Run {context.run_id}, step {recorded.position} ({recorded.name})")
-    except SerializationError as error:
-        raise context.end(Halt(error)) from error
+    if recorded is None and not context.fresh and step.using not in (None, context.alias):
+        stands = _recorded_elsewhere(context, position, step)
+        if stands is not None:
+            return stands, None
+    execution = _Execution(context, step, position, recorded, args, kwargs, beside=beside)
+    return execution.outcome(), execution.traceback
 
 
 class _HomeLost(Exception):
@@ -111,12 +106,15 @@ class _Execution:
         recorded: StepCheckpoint | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        *,
+        beside: bool = False,
     ) -> None:
         self.context = context
         self.step = step
         self.position = position
         self.args = args
         self.kwargs = kwargs
+        self.beside = beside
         self.kind = StepKind.ATOMIC if step.atomic else StepKind.STEP
         # A recorded try that failed; the outcome takes its place.
         self.retrying = recorded is not None
@@ -126,6 +124,8 @@ class _Execution:
         # How often the function was run again without that being a try, and how often its connection was lost.
         self.reruns = 0
         self.losses = 0
+        # The run and its children, if it cancelled itself.
+        self.cancelled: list[endings.Ended] = []
         self.place = f"Run {context.run_id}, step {position} ({step.name})"
 
     def outcome(self) -> StepCheckpoint:
@@ -140,8 +140,6 @@ class _Execution:
                 return run_once()
             except Exception as error:
                 failure = error
-                # What the step asked for went with its transaction.
-                self.context.cancelling = None
             delay = self.step.retry.wait(failure, self.tries)
             if delay is None:
                 return self._record_failure(failure)
@@ -155,13 +153,9 @@ class _Execution:
     @contextmanager
     def _inside(self) -> Iterator[StepContext]:
         """The try, with what the user's code leaves for after its commit: steps called there are part of it too."""
-        context = self.context
-        inside = StepContext(context, self.position, self.step.name, self.tries, atomic=self.step.atomic)
-        context.step = inside
-        try:
-            yield inside
-        finally:
-            context.step = None
+        now = StepContext(self.context, self.position, self.step.name, self.tries, atomic=self.step.atomic)
+        with inside(self.context, now):
+            yield now
 
     def _row(self, outcome: Outcome, database: str = "") -> StepCheckpoint:
         return checkpoints.checkpoint(
@@ -202,7 +196,7 @@ class _Execution:
         while True:
             driver, row = None, None
             try:
-                with ExitStack() as fence, self._inside() as inside, compat.write_transaction(alias, durable=True):
+                with ExitStack() as fence, self._inside() as now, compat.write_transaction(alias, durable=True):
                     driver = connection.connection
                     compat.set_transaction(connection, step.isolation, step.timeout)
                     output = self._call()
@@ -211,14 +205,13 @@ class _Execution:
                     row = self._row(Outcome(StepStatus.SUCCEEDED, output=output), alias if elsewhere else "")
                     if elsewhere:
                         self._hold_run(fence)
-                    self._insert(row, elsewhere)
+                    self._insert(row, elsewhere, now.cancelling)
                     # What runs after the commit cancels by a statement of its own.
-                    inside.atomic = False
-                return self._committed(row, elsewhere)
+                    now.atomic = False
+                return self._committed(row, elsewhere, now.cancelling)
             except _Refused:
                 raise checkpoints.lost(context) from None
             except _HomeLost:
-                context.cancelling = None
                 self._prepare_rerun(Trouble.LOST, context.alias)
                 continue
             except Exception as error:
@@ -233,11 +226,10 @@ class _Execution:
             if row is not None and (stands := checkpoints.found(context, self.position, alias)) is not None:
                 if not isinstance(failure, Error):
                     self._log_callback(failure)
-                return self._committed(stands, elsewhere)
+                return self._committed(stands, elsewhere, now.cancelling)
             # In a test's transaction nothing can be run again: what is lost, is lost with the test.
             if verdict is Trouble.OTHER or self.reruns >= MAX_RERUNS or connection.in_atomic_block:
                 raise self._explained(failure) from failure.__cause__
-            context.cancelling = None
             self._prepare_rerun(verdict, alias)
 
     def _hold_run(self, fence: ExitStack) -> None:
@@ -283,7 +275,7 @@ class _Execution:
             "worker": self.context.lease.id,
         }
 
-    def _insert(self, row: StepCheckpoint, elsewhere: bool) -> None:
+    def _insert(self, row: StepCheckpoint, elsewhere: bool, cancelling: str | None) -> None:
         """The checkpoint, as the last statement of the step's transaction."""
         if not elsewhere:
             if self.retrying:
@@ -291,22 +283,23 @@ class _Execution:
             self.context.lease.renew_in_transaction()
             if not checkpoints.insert(self.context, row):
                 raise _Refused
-            if self.context.cancelling is not None:
+            if cancelling is not None:
                 # In the same commit, or a crash behind it would lose the wish.
-                checkpoints.cancel_own(self.context, self.context.cancelling)
+                self.cancelled = checkpoints.cancel_own(self.context, cancelling)
             return
         checkpoints.insert(self.context, row, fence="none", alias=row.database)
 
-    def _committed(self, row: StepCheckpoint, elsewhere: bool) -> StepCheckpoint:
+    def _committed(self, row: StepCheckpoint, elsewhere: bool, cancelling: str | None) -> StepCheckpoint:
         """Tell of the outcome. One in the step's own database is stored among the run's steps first."""
-        if elsewhere:
-            return checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=True)
         context = self.context
+        if elsewhere:
+            stored = checkpoints.record(context, row, replaces=self.retrying, effect_happened=True)
+            context.cancelling = cancelling or context.cancelling
+            return stored
         checkpoints.announce(context, row)
-        if context.cancelling is not None and row.attempt == context.attempt:
-            reason, context.cancelling = context.cancelling, None
-            context.end(Cancelled(reason))
-            claims.announce_end(context.run, context.alias, RunStatus.CANCELLED, context.lease.id)
+        if cancelling is not None and row.attempt == context.attempt:
+            context.end(Cancelled(cancelling))
+            endings.tell_cancelled(context.alias, self.cancelled)
         return row
 
     def _record(self, outcome: Outcome, *, effect_happened: bool) -> StepCheckpoint:
@@ -323,14 +316,17 @@ class _Execution:
     def _record_try(self, error: Exception, delay: float) -> StepCheckpoint | None:
         """Store a failed try that will be repeated, then wait: here, or parked if that takes long.
 
-        Returns an outcome of another's making, if there turned out to be one.
+        Returns an outcome of another's making, if there turned out to be one, or a try to be repeated much later.
         """
         row = self._row(Outcome(StepStatus.RETRYING, error=describe_exception(error)))
         pause = jittered(delay)
         if delay > options().PARK_AFTER:
-            raise park(self.context, pause, f"retry:{self.step.name}", row, replaces=self.retrying)
+            until = self.context.lease.clock.now() + timedelta(seconds=pause)
+            if not self.beside:
+                raise park(self.context, until, f"retry:{self.step.name}", row, replaces=self.retrying)
+            row.finished_at = until
         stands = checkpoints.record(self.context, row, replaces=self.retrying, effect_happened=not self.step.atomic)
-        if stands is not row:
+        if stands is not row or delay > options().PARK_AFTER:
             return stands
         self.retrying = True
         self.context.lease.wait(pause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from django_durable.engine.context import RunLogger, current_run
+from django_durable.engine.context import RunLogger, current_run, current_step
 from django_durable.exceptions import NotInWorkflow
 
 
@@ -38,7 +38,7 @@ def current() -> Current:
     context = current_run()
     if context is None:
         raise NotInWorkflow("current()")
-    step = context.step
+    step = current_step()
     return Current(
         run_id=context.run_id,
         workflow=context.run.workflow,

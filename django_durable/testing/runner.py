@@ -9,8 +9,8 @@ from django_durable.clock import DatabaseNow
 from django_durable.conf import options
 from django_durable.engine import claims, leases
 from django_durable.engine.leases import Lease
-from django_durable.engine.operations import database_of
 from django_durable.engine.replay import execute
+from django_durable.engine.starting import database_of
 from django_durable.models import WorkflowRun
 
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 from django_durable.worker.loop import Worker
 
 _lock = threading.Lock()

@@ -19,6 +19,7 @@ from django_durable.conf import options
 from django_durable.engine import claims, leases, registry
 from django_durable.engine.heartbeat import Heartbeat
 from django_durable.engine.leases import Lease
+from django_durable.engine.sweep import wake_overlooked
 from django_durable.exceptions import TablesMissing
 from django_durable.models import Worker as WorkerRow
 from django_durable.models import WorkflowRun
@@ -36,6 +37,9 @@ CHECK_PAUSE = 0.1
 # Other workers' lost sessions mean their deaths only when ours has stood for so long: after the database's restart
 # they come back one by one. Seconds.
 TRUSTED_SESSION = 10.0
+
+# How often a worker looks for wake-ups that were lost: there are none. Seconds.
+SAFETY_PAUSE = 60.0
 
 
 class Look(NamedTuple):
@@ -77,6 +81,7 @@ class Worker:
         self._alone = False
         self._pause = SHORT_PAUSE
         self._swept_at = 0.0
+        self._secured_at = time.monotonic()
         self._looked_at = 0.0
         self._checked_at = 0.0
         self._missed: dict[str, float] = {}
@@ -189,6 +194,9 @@ class Worker:
         if sweep:
             self._swept_at = now
             self._report_unknown()
+        if now - self._secured_at >= SAFETY_PAUSE:
+            self._secured_at = now
+            acted |= bool(wake_overlooked(self.alias))
         self._ended = self.burst and self._drained()
         self._pause = SHORT_PAUSE if acted else min(options().POLL_INTERVAL, self._pause * 2)
         if look is not None and look.next_wake is not None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from django.db import close_old_connections, connections, reset_queries
 
-from django_durable import compat
 from django_durable.conf import options
 from django_durable.engine.claims import Claim
 from django_durable.engine.leases import Lease
@@ -22,9 +21,6 @@ logger = logging.getLogger("django_durable.worker")
 # A connection of a project that closes its own after each request is kept so long, or every run would begin by
 # connecting.
 CONNECTION_AGE = 600.0
-
-# A transaction of a step may be idle for so many leases before the server ends it.
-IDLE_LEASES = 10
 
 
 class Pool:
@@ -89,7 +85,7 @@ class Pool:
         connection = connections[lease.alias]
         connection.ensure_connection()
         if kept.get(lease.alias) is not connection.connection and options().NOTIFY:
-            compat.limit_idle_transactions(connection, IDLE_LEASES * lease.seconds)
+            lease.limit_idle_transactions()
 
 
 def _tidy_connections(kept: dict[str, Any]) -> None:

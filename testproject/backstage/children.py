@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -110,6 +111,13 @@ class Children:
         if done.returncode:
             raise ChildFailed(f"manage.py {' '.join(command)} failed:\n{done.stdout}")
 
+    def next_event(self) -> Event:
+        """Wait until a process tells something; that it has ended by itself is an error."""
+        event = self.events.get()
+        if event.get("what") == "ended":
+            raise ChildFailed.ended(event["child"], event["code"])
+        return event
+
     def end(self, grace: float = 10) -> None:
         """Let them end in order; kill those that do not, or all that are left at a second Ctrl-C."""
         try:
@@ -142,15 +150,18 @@ def children(folder: Path, env: dict[str, str]) -> Iterator[Children]:
         started.end()
 
 
-def environment(folder: Path, **changes: str) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Return the environment of processes that work in this folder: ours, but for what would change the shop."""
+    folder = folder.resolve()
     shops_own = ("DEBUG", "SECRET_KEY", "ALLOWED_HOSTS", "PAYMENTS_URL", "SHOP_STORY", "SHOP_STORY_HOLD")
     env = {name: value for name, value in os.environ.items() if name not in shops_own}
     return env | {
         "DJANGO_SETTINGS_MODULE": "project.settings",
-        "SHOP_VAR": str(folder.resolve()),
+        "SHOP_VAR": str(folder),
+        # Whatever the environment says: a database that has other work would get tables, and an administrator whose
+        # password everybody knows.
+        "DATABASE_URL": f"sqlite:///{quote(str(folder / 'shop.sqlite3'))}",
         "PYTHONUNBUFFERED": "1",
-        **changes,
     }
 
 

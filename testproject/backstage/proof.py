@@ -75,10 +75,10 @@ def look_at_order(order: str) -> tuple[str, str, str, list[str]]:
 
     from django_durable.models import WorkflowRun
 
-    found = Order.objects.select_related("ticket").get(public_id=order)
+    found = Order.objects.get(public_id=order)
     run = WorkflowRun.objects.get(pk=found.run_id)
     steps = run.steps.filter(status="SUCCEEDED").order_by("position")
-    return found.status, found.ticket.status, run.status, [step.name for step in steps]
+    return found.status, found.tickets.get().status, run.status, [step.name for step in steps]
 
 
 def read_ledger(payments: str) -> dict[str, Any]:
@@ -97,15 +97,16 @@ def collect(bought: list[str], payments: str, mail_folder: Path, events: Iterabl
     charged = Counter(charge["order"] for charge in charges)
     mailed = Counter(_mailed_orders(mail_folder))
     lines = []
-    for order in Order.objects.select_related("ticket").order_by("created_at"):
+    for order in Order.objects.order_by("created_at"):
+        ticket = order.tickets.get()
         run = WorkflowRun.objects.get(pk=order.run_id)
         lines.append(
             Line(
                 order=order.public_id,
-                seat=order.ticket.seat,
+                seat=ticket.seat,
                 order_status=order.status,
-                ticket_status=order.ticket.status,
-                is_holder=order.ticket.holder_id == order.pk,
+                ticket_status=ticket.status,
+                is_holder=ticket.holder_id == order.pk,
                 run_status=run.status,
                 recoveries=run.recoveries,
                 charges=charged.pop(order.public_id, 0),

@@ -13,5 +13,9 @@ def run_page(run_id: str) -> str:
     return reverse("admin:django_durable_workflowrun_change", args=[quote(run_id)])
 
 
+def run_history(run_id: str) -> str:
+    return reverse("admin:django_durable_workflowrun_history", args=[quote(run_id)])
+
+
 def worker_page(worker_id: str) -> str:
     return reverse("admin:django_durable_worker_change", args=[quote(worker_id)])

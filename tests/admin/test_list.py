@@ -46,9 +46,7 @@ def listed(html: str) -> list[str]:
 
 
 def queries(client, address: str) -> list[str]:
-    with CaptureQueriesContext(
-        connection,
-    ) as captured:
+    with CaptureQueriesContext(connection) as captured:
         assert client.get(address).status_code == 200
     return [query["sql"] for query in captured]
 

@@ -12,6 +12,7 @@ from django.utils import timezone
 from django.utils.html import escape
 
 import django_durable as durable
+from django_durable.admin import steps
 from django_durable.admin.values import SHOWN
 from django_durable.models import StepCheckpoint, Worker, WorkflowRun
 from django_durable.testing import run_until_idle
@@ -64,6 +65,55 @@ def test_a_run_that_waits_for_a_worker_says_whether_one_will_come(auditor):
     assert "the workflow store.removed is not known here" in page_of(auditor, run)
 
 
+@durable.workflow(name="store.patient")
+def patient(wait, other=None):
+    match wait:
+        case "sleep":
+            durable.sleep(timedelta(days=3))
+        case "message":
+            durable.receive("paid")
+        case "deadline":
+            durable.receive("paid", timeout=timedelta(days=3))
+        case "event":
+            durable.get_event(other, "ready")
+        case "child":
+            patient("message")
+        case "children":
+            durable.wait([patient.start("message"), patient.start("message")], "FIRST")
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        ("sleep", ["Waiting until ", " asleep"]),
+        ("message", ["Has waited for ", "for a message “paid”."]),
+        ("deadline", ["Has waited for ", "for a message “paid”, until ", " at most."]),
+        ("event", ["for the event “ready” of run other."]),
+        ("child", ["for the end of run top.1."]),
+        ("children", ["for the end of one of its child runs."]),
+    ],
+)
+def test_a_run_that_waits_says_for_what(auditor, wait, words):
+    patient.using(run_id="other").start("message")
+    run = patient.using(run_id="top").start(wait, "other")
+    run_until_idle()
+    page = page_of(auditor, run.id)
+    assert all(word in page for word in words), wait
+    run.pause()
+    assert "Paused: it goes on when it is resumed." in page_of(auditor, run.id)
+
+
+@pytest.mark.django_db
+def test_a_pause_that_ends_next_month_leaves_room_for_the_steps_bars(auditor):
+    run = patient.start("sleep")
+    run_until_idle()
+    assert StepCheckpoint.objects.get(run=run.id).finished_at > timezone.now() + timedelta(days=2)
+    shown = steps.load(run.model, "default", timezone.now(), 1, payloads=False)
+    assert shown.span.seconds < 3600
+    assert all(step.x + step.width <= steps.TRACK for step in shown.rows)
+
+
 @pytest.mark.django_db
 def test_a_run_whose_worker_fell_silent_says_so(auditor):
     now = timezone.now()
@@ -92,6 +142,16 @@ def test_a_run_set_aside_for_killing_its_workers_says_how_often(auditor):
         id="r1", workflow="w", status="DEAD", recoveries=3, error=error, input="null", created_at=now, run_after=now
     )
     assert "Dead: its process died 3 times while it ran." in page_of(auditor, "r1")
+
+
+@pytest.mark.django_db
+def test_a_run_set_aside_for_what_cannot_be_read_says_what_kind_of_trouble_it_is(viewer):
+    now = timezone.now()
+    error = "django_durable.exceptions.SerializationError: The input of run r1 ...\nTraceback"
+    WorkflowRun.objects.create(
+        id="r1", workflow="w", status="DEAD", error=error, input="null", created_at=now, run_after=now
+    )
+    assert "Dead until its cause is mended and it is resumed: SerializationError</span>" in page_of(viewer, "r1")
 
 
 @pytest.mark.django_db
@@ -169,6 +229,20 @@ def test_a_run_of_many_steps_is_shown_in_pages(auditor):
     assert "count_250" in third
     for odd in ("0", "99", "x", "-1"):
         assert "of 250" in page_of(auditor, run.id, steps=odd)
+
+
+@pytest.mark.django_db
+def test_a_projects_way_to_write_numbers_breaks_no_link_and_no_bar(auditor, settings):
+    settings.USE_THOUSAND_SEPARATOR = True
+    run = WorkflowRun.objects.get(pk=every_status()["failed"].id)
+    # One step, as long as the run: its bar is as long as the whole track.
+    run.steps.exclude(position=2).delete()
+    run.steps.update(position=1002, started_at=run.started_at, finished_at=run.finished_at)
+    WorkflowRun.objects.filter(pk=run.pk).update(failed_step=1002)
+    html = page_of(auditor, run.pk)
+    assert 'href="?steps=11#step-1002"' in html
+    assert 'id="step-1002"' in html
+    assert '<rect class="durable-time" x="0" width="1000"' in html
 
 
 @pytest.mark.django_db

@@ -9,7 +9,6 @@ from typing import Any
 
 import django_durable as durable
 from django_durable.handles import RunHandle
-from django_durable.models import WorkflowRun
 from django_durable.testing import crash_after, run_until_idle
 from tests.app.models import Ledger
 
@@ -125,7 +124,3 @@ def every_status() -> dict[str, RunHandle]:
         "1006", euros, "tok_visa"
     )
     return runs
-
-
-def by_status() -> dict[str, WorkflowRun]:
-    return {run.status: run for run in WorkflowRun.objects.all()}

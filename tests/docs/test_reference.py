@@ -20,7 +20,7 @@ import django_durable as durable
 from django_durable import conf, signals, testing
 from django_durable.checks import WORKER_CONNECTIONS
 from django_durable.engine import registry
-from django_durable.engine.operations import StartOptions
+from django_durable.engine.starting import StartOptions
 from django_durable.handles import RunHandle
 from django_durable.management.commands.durable_worker import Command
 from django_durable.querysets import RunQuerySet
@@ -56,6 +56,7 @@ def run_examples(page: str, **names: Any) -> dict[str, Any]:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """The examples' workflows are forgotten after the test."""
     monkeypatch.setattr(registry, "_workflows", dict(registry._workflows))
+    monkeypatch.setattr(registry, "duplicates", list(registry.duplicates))
 
 
 # -- Names ------------------------------------------------------------------------------------------------------

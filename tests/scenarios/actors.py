@@ -16,6 +16,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
 from tests.scenarios import workflows
+from tests.scenarios.approval_workflows import allow  # noqa: F401 (a part, too)
+from tests.scenarios.waiting_workflows import call_sending, rival, send_both  # noqa: F401 (parts, too)
 from tests.scenarios.workflows import freeze, note, wait_at
 
 

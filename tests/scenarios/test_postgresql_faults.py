@@ -66,8 +66,7 @@ def test_connections_that_are_ended_all_the_time(stage: Stage) -> None:
         stage.until(lambda: terminator.rounds >= 150 or terminator.error, "all connections are ended, 150 times")
     finally:
         terminator.stop()
-    # It hit: runs were under way all the time.
-    # The nemesis was there; how often depends on how fast the machine is.
+    # It hit; how often depends on how fast the machine is.
     assert terminator.ended > 100
     assert client.wait() == 0, client.said()
     started = [line["run"] for line in stage.log("started")]

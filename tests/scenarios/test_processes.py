@@ -10,21 +10,21 @@ from tests.scenarios.harness import Process, Stage, answer, free_port, gone
 from tests.scenarios.workflows import checkout, long, poison
 
 
-def children(stage: Stage) -> dict[int, str]:
+def children() -> dict[int, str]:
     """The pids of the worker processes, and their rows' ids."""
     return dict(Worker.objects.values_list("pid", "pk"))
 
 
 def two_processes(stage: Stage, *arguments: str) -> Process:
     parent = stage.command("durable_worker", "--processes=2", *arguments)
-    stage.until(lambda: len(children(stage)) == 2 or parent.code is not None, "two processes work")
+    stage.until(lambda: len(children()) == 2 or parent.code is not None, "two processes work")
     assert parent.code is None, parent.said()
     return parent
 
 
 def test_a_killed_process_is_replaced_and_its_runs_go_on_at_once(stage: Stage) -> None:
     parent = two_processes(stage)
-    before = children(stage)
+    before = children()
     run = long.using(run_id="long").start("gate")
     victim = stage.sees("holding")["pid"]
     os.kill(victim, signal.SIGKILL)
@@ -33,9 +33,9 @@ def test_a_killed_process_is_replaced_and_its_runs_go_on_at_once(stage: Stage) -
         lambda: next((line["pid"] for line in stage.log("holding") if line["pid"] != victim), None),
         "the run goes on in another process",
     )
-    stage.until(lambda: len(children(stage)) == 2 and victim not in children(stage), "there are two processes again")
-    assert successor in children(stage)
-    assert len(set(children(stage)) - set(before)) == 1
+    stage.until(lambda: len(children()) == 2 and victim not in children(), "there are two processes again")
+    assert successor in children()
+    assert len(set(children()) - set(before)) == 1
     stage.open("gate")
     assert run.result(timeout=30) == successor
     assert run.model.recoveries == 1
@@ -46,7 +46,7 @@ def test_a_killed_process_is_replaced_and_its_runs_go_on_at_once(stage: Stage) -
 
 def test_sigterm_to_the_parent_ends_all_in_order(stage: Stage) -> None:
     parent = two_processes(stage)
-    pids = children(stage)
+    pids = children()
     runs = [long.using(run_id=f"long-{number}").start("gate") for number in range(4)]
     stage.until(lambda: len({line["run"] for line in stage.log("holding")}) == 4, "all are under way")
     parent.terminate()
@@ -60,7 +60,7 @@ def test_sigterm_to_the_parent_ends_all_in_order(stage: Stage) -> None:
 
 def test_the_processes_of_a_killed_parent_end_by_themselves(stage: Stage) -> None:
     parent = two_processes(stage)
-    pids = children(stage)
+    pids = children()
     run = long.using(run_id="long").start("gate")
     stage.sees("holding")
     parent.kill()
@@ -94,24 +94,22 @@ def test_a_process_that_was_taken_for_dead_is_ready_again_and_is_buried_under_it
     port = free_port()
     parent = two_processes(stage, f"--health-port={port}")
     stage.until(lambda: answer(port, "/readyz") == 200, "both are ready")
-    victim, old = next(iter(children(stage).items()))
+    victim, old = next(iter(children().items()))
     Worker.objects.filter(pk=old).delete()
-    stage.until(lambda: children(stage).get(victim, old) != old, "it goes on under another id")
+    stage.until(lambda: children().get(victim, old) != old, "it goes on under another id")
     stage.until(lambda: answer(port, "/readyz") == 200, "both are ready again")
     os.kill(victim, signal.SIGKILL)
-    stage.until(lambda: len(children(stage)) == 2 and victim not in children(stage), "another takes its place")
+    stage.until(lambda: len(children()) == 2 and victim not in children(), "another takes its place")
     parent.terminate()
     assert parent.wait() == 0, parent.said()
 
 
 def test_all_processes_killed_at_once_are_replaced(stage: Stage) -> None:
     parent = two_processes(stage)
-    before = children(stage)
+    before = children()
     for pid in before:
         os.kill(pid, signal.SIGKILL)
-    stage.until(
-        lambda: len(set(children(stage)) - set(before)) == 2 or parent.code is not None, "two new processes work"
-    )
+    stage.until(lambda: len(set(children()) - set(before)) == 2 or parent.code is not None, "two new processes work")
     assert parent.code is None, f"the parent has ended with {parent.code}:\n{parent.said()}"
     run = checkout.using(run_id="checkout").start("ada")
     stage.ended(run.id)

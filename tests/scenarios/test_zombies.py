@@ -19,14 +19,14 @@ def test_what_a_zombie_still_does_is_not_recorded(stage: Stage, moment: str) -> 
     # The second stands at the same moment of the same run when the first wakes up.
     successor = stage.worker("--queue=default", plan={moment: "wait:gate"})
     stage.sees("struck", moment=moment, pid=successor.pid)
-    before = stage.folder / "log"
-    known = before.read_text()
+    log = stage.folder / "log"
+    known = log.read_text()
     zombie.thaw()
     assert probe.using(queue="probes").start().result(timeout=30) == zombie.pid
 
     assert "was declared dead" in zombie.said()
     assert run.status == "RUNNING", "the zombie has ended a run that is another's"
-    assert before.read_text() == known, "the zombie has begun a step of a run that is another's"
+    assert log.read_text() == known, "the zombie has begun a step of a run that is another's"
     stage.open("gate")
     stage.ended(run.id)
     stage.judge(run.id)

@@ -199,3 +199,61 @@ def poison() -> None:
     """Takes its worker with it, every time."""
     note("poisoned", run=durable.current().run_id)
     os._exit(137)
+
+
+# -- Parallel steps ---------------------------------------------------------------------------------------------
+
+
+@durable.step(name="book")
+def book(place: str) -> str:
+    reach(f"book {place} begins")
+    token = effect(f"book {place}")
+    take_seat(1)
+    reach(f"book {place} ends")
+    transaction.on_commit(lambda: reach(f"book {place} committed"))
+    return token
+
+
+@durable.step(name="ask", atomic=False)
+def ask(whom: str, gate: str) -> str:
+    here = durable.current()
+    note("asked", run=here.run_id, whom=whom, key=here.idempotency_key)
+    if gate:
+        wait_at(gate)
+    return f"{whom} says yes"
+
+
+@durable.workflow(name="journey")
+def journey(gate: str = "") -> dict[str, Any]:
+    """Steps of both kinds side by side; half of the outside ones take as long as the scenario wants."""
+    asked = [ask.submit(whom, gate if whom in ("bob", "dan") else "") for whom in ("ada", "bob", "cyd", "dan")]
+    booked = book.map(["train", "hotel", "museum", "dinner"], max_parallel=3)
+    return {"booked": booked, "asked": [future.result() for future in asked]}
+
+
+# -- Children ---------------------------------------------------------------------------------------------------
+
+
+@durable.step(name="first")
+def first() -> str:
+    return effect("first")
+
+
+@durable.step(name="second")
+def second() -> str:
+    return effect("second")
+
+
+@durable.workflow(name="member")
+def member(customer: str) -> list[str]:
+    return [customer, first(), second()]
+
+
+@durable.workflow(name="family")
+def family(customer: str) -> list[Any]:
+    """Starts one child, calls another, waits for both, and returns what they came to."""
+    before = first()
+    started = member.start(f"{customer}, started")
+    called = member(f"{customer}, called")
+    done, pending = durable.wait([started])
+    return [before, started.result(), called, len(done), len(pending), second()]

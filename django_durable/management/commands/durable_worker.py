@@ -9,7 +9,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from django_durable.conf import options
-from django_durable.engine.operations import database_of
+from django_durable.engine.starting import database_of
 from django_durable.exceptions import DurableError
 from django_durable.worker.command import run_worker
 

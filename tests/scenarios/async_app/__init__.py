@@ -1,0 +1,1 @@
+"""An app of async workflows, for tests/scenarios/test_async.py."""
