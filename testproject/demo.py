@@ -7,8 +7,9 @@ testproject/var/demo/. Ends by itself; exit status 0 if nothing was lost and not
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -20,24 +21,14 @@ from queue import Empty
 from types import FrameType
 from typing import Any
 
-MISSING = [name for name in ("django", "django_durable", "environ", "httpx") if importlib.util.find_spec(name) is None]
-if MISSING:
-    sys.exit(f"Not installed here: {', '.join(MISSING)}. `make demo`, one folder up, installs them and starts this.")
+from backstage import buyer, proof
+from backstage.children import TESTPROJECT, Child, ChildFailed, Children, children, environment
+from backstage.opening import open_shop
+from backstage.screen import BOLD, GREEN, RED, headline, line, paint, say
 
-from backstage import buyer, proof  # noqa: E402
-from backstage.children import (  # noqa: E402
-    TESTPROJECT,
-    Child,
-    ChildFailed,
-    Children,
-    children,
-    environment,
-    free_port,
-    wait_until_answers,
-)
-from backstage.screen import BOLD, GREEN, RED, headline, line, paint, say  # noqa: E402
-
+# Beside the pauses before each of the acts.
 WATCHDOG_SECONDS = 120
+ACTS = 6
 KEPT_FOLDERS = 3
 # With this seed the service answers: 503 (nothing charged), charged / 503 (but charged!), the same charge / charged.
 SEED = "19"
@@ -69,23 +60,14 @@ class Demo:
             1,
             "The shop opens",
             "A shop (Django, SQLite), a payment service that answers 503 to 3 in 10 requests, and a worker: "
-            "three processes. A checkout has four steps: reserve_ticket, charge_card, fulfil, send_confirmation.",
+            "three processes. A checkout has four steps: reserve_tickets, charge_card, fulfil, send_confirmation.",
         )
-        self.processes.run("migrate", "--verbosity=0")
-        self.processes.run("seed_shop")
-        ledger = str(self.folder / "ledger.sqlite3")
-        given = ["--ledger", ledger, "--seed", SEED, *(["--forget-keys"] if self.forget_keys else [])]
-        payments = self.processes.start("payments", "-m", "payments", *given)
-        self.payments = self.wait("the payment service", lambda event: "listening" in event)["listening"]
-        self.processes.env["PAYMENTS_URL"] = self.payments
-        port = free_port()
-        shop = self.processes.start("shop", "manage.py", "runserver", "--noreload", f"127.0.0.1:{port}")
-        self.shop = f"http://127.0.0.1:{port}"
+        opened = open_shop(self.processes, 0, "--seed", SEED, *(["--forget-keys"] if self.forget_keys else []))
+        self.shop, self.payments = opened.url, opened.payments_url
         self.worker = self.start_worker()
-        wait_until_answers(self.shop, shop)
         proof.connect_to_the_shop(self.processes.env)
-        self.note(f"listens on {self.payments}, process {payments.pid}", by="payments")
-        self.note(f"listens on {self.shop}, process {shop.pid}", by="shop")
+        self.note(f"listens on {self.payments}, process {opened.payments.pid}", by="payments")
+        self.note(f"listens on {self.shop}, process {opened.web.pid}", by="shop")
         self.note("started", by=f"worker {self.worker.pid}")
 
     def buy_undisturbed(self) -> str:
@@ -242,12 +224,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGALRM, give_up)
     signal.signal(signal.SIGTERM, give_up)
-    signal.alarm(WATCHDOG_SECONDS)
+    signal.alarm(math.ceil(WATCHDOG_SECONDS + ACTS * options.pause))
     started = time.monotonic()
     say(paint("A checkout that survives kill -9", BOLD))
-    # A database of its own, whatever the environment says.
-    env = environment(folder, DATABASE_URL=f"sqlite:///{folder.resolve() / 'shop.sqlite3'}")
-    with children(folder, env) as processes:
+    with children(folder, environment(folder)) as processes:
         try:
             is_right = Demo(processes, pause=options.pause, forget_keys=options.forget_keys).play()
         except Exception as error:
@@ -261,7 +241,8 @@ def main() -> int:
         return 1
     say(f"That took {time.monotonic() - started:.0f} s. To look around in the same shop:")
     say()
-    say("   make serve")
+    # Without a folder, it opens the newest in var/demo/: this one, if it is there.
+    say(f'   make serve ARGS="--folder {shlex.quote(str(folder.resolve()))}"' if options.folder else "   make serve")
     say("   the shop    http://127.0.0.1:8000/")
     say("   the admin   http://127.0.0.1:8000/admin/   user admin, password admin")
     return 0
@@ -278,7 +259,7 @@ def new_folder() -> Path:
 
 def give_up(signum: int, frame: FrameType | None) -> None:
     """Leave by an exception, so that no process stays behind."""
-    raise TimeoutError(f"{signal.Signals(signum).name}; the demo may take {WATCHDOG_SECONDS} s")
+    raise TimeoutError(f"{signal.Signals(signum).name}; the demo may take {WATCHDOG_SECONDS} s and its pauses")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""The shop's settings. The environment may set DATABASE_URL, PAYMENTS_URL, SHOP_VAR and DEBUG."""
+"""The shop's settings. The environment may set DATABASE_URL, PAYMENTS_URL, SHOP_VAR, DEBUG, SECRET_KEY, ALLOWED_HOSTS.
+
+`make demo` and `make serve` set or remove these by themselves: see environment() in backstage/children.py.
+"""
 
 from pathlib import Path
+from urllib.parse import quote
 
 import django
 import environ
@@ -51,7 +55,7 @@ TEMPLATES = [
     },
 ]
 
-DATABASES = {"default": env.db_url("DATABASE_URL", default=f"sqlite:///{VAR / 'shop.sqlite3'}")}
+DATABASES = {"default": env.db_url("DATABASE_URL", default=f"sqlite:///{quote(str(VAR / 'shop.sqlite3'))}")}
 # An order and the run of its checkout are stored by one commit, or not at all.
 DATABASES["default"]["ATOMIC_REQUESTS"] = True
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
@@ -69,6 +73,7 @@ USE_TZ = True
 TIME_ZONE = "UTC"
 LANGUAGE_CODE = "en"
 STATIC_URL = "static/"
+LOGIN_URL = "admin:login"
 LOGIN_REDIRECT_URL = "/"
 
 # Mails are files, to be read and counted.

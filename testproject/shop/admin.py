@@ -25,11 +25,11 @@ class EventAdmin(admin.ModelAdmin):
 
 @admin.register(Order)
 class OrderAdmin(admin.ModelAdmin):
-    """To look at: the checkout changes orders, nobody else."""
+    """To look at: the shop changes orders, nobody else."""
 
-    list_display = ("public_id", "status", "run", "ticket", "email", "payment")
+    list_display = ("public_id", "status", "run", "event", "email", "payment")
     list_filter = ("status",)
-    list_select_related = ("ticket__event",)
+    list_select_related = ("event",)
     search_fields = ("=public_id", "=email", "=payment")
 
     @admin.display(description="run")

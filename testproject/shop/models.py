@@ -1,4 +1,4 @@
-"""Events, their tickets, and the orders for them. The checkout in workflows.py moves the last two along."""
+"""Events, their tickets, and the orders for them. The workflows in workflows.py move the last two along."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ticket(models.Model):
 
     class Status(models.TextChoices):
         AVAILABLE = "available"
-        # Held for an order whose card is being charged.
+        # Held for an order that is not paid yet.
         RESERVED = "reserved"
         SOLD = "sold"
 
@@ -60,32 +60,46 @@ class Ticket(models.Model):
 
 
 class Order(models.Model):
-    """A buyer wants a ticket. Many may want the same one: one of them gets it."""
+    """A buyer wants tickets. Many may want the same ones: one of them gets them."""
 
     class Status(models.TextChoices):
+        # In line for a ticket: the event is sold out.
+        WAITING = "waiting"
         # The checkout is under way.
         OPEN = "open"
+        # It holds its tickets, and the box office is to look at it.
+        APPROVAL = "approval"
         PAID = "paid"
         DECLINED = "declined"
+        # The box office said no, or nothing in time.
+        REJECTED = "rejected"
         # Somebody else was faster.
         SOLD_OUT = "sold_out"
+        # Nobody gave a ticket back in time.
+        EXPIRED = "expired"
+        CANCELLED = "cancelled"
+
+    # While it is one of these, nothing has been charged, and nothing will be before somebody else acts.
+    CANCELLABLE = (Status.WAITING, Status.APPROVAL)
+    # An order of more tickets than this needs an approval.
+    LARGE = 4
 
     public_id = models.CharField("order number", max_length=10, unique=True, default=new_public_id, editable=False)
     # Drawn when the form is shown: the form posted twice is one order.
     form_id = models.UUIDField(unique=True, default=uuid.uuid4, editable=False)
-    ticket = models.ForeignKey(Ticket, on_delete=models.PROTECT, related_name="orders")
+    event = models.ForeignKey(Event, on_delete=models.PROTECT, related_name="orders")
+    # Those it is about, whatever became of it. Whose they are, they say themselves: see Ticket.holder.
+    tickets = models.ManyToManyField(Ticket, related_name="orders")
     email = models.EmailField()
     amount = models.PositiveIntegerField(help_text="In cents.")
     status = models.CharField(max_length=10, choices=Status, default=Status.OPEN)
     payment = models.CharField("payment reference", max_length=100, blank=True)
+    note = models.TextField("note of the box office", blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         ordering = ("-created_at",)
-        constraints = (
-            # The workflow sees to it; the database would stop even a workflow that is wrong.
-            models.UniqueConstraint(fields=["ticket"], condition=models.Q(status="paid"), name="a_ticket_is_sold_once"),
-        )
+        permissions = (("approve_order", "Can approve large orders"),)
 
     def __str__(self) -> str:
         return self.public_id
@@ -95,5 +109,17 @@ class Order(models.Model):
 
     @property
     def run_id(self) -> str:
-        """The id of this order's one checkout: to start it again is to find it."""
+        """The id of this order's one run: to start it again is to find it."""
         return f"order-{self.public_id}"
+
+    @property
+    def seats(self) -> str:
+        return ", ".join(ticket.seat for ticket in self.tickets.all())
+
+    @property
+    def is_large(self) -> bool:
+        return len(self.tickets.all()) > self.LARGE
+
+    @property
+    def is_cancellable(self) -> bool:
+        return self.status in self.CANCELLABLE

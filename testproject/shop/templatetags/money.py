@@ -5,4 +5,4 @@ register = template.Library()
 
 @register.filter
 def money(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02} €"
+    return f"{cents // 100}.{cents % 100:02}\xa0€"
