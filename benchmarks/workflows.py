@@ -47,6 +47,38 @@ def one_step(number: int) -> float:
     return clock()
 
 
+@durable.step(atomic=False)
+def time_of_day() -> float:
+    """The clock that this machine's database reads too."""
+    return time.time()
+
+
+@durable.workflow
+def sleeper(seconds: float) -> float:
+    durable.sleep(seconds)
+    return time_of_day()
+
+
+@durable.workflow
+def told() -> float:
+    durable.receive()
+    return clock()
+
+
+@durable.workflow
+def told_often(times: int, generation: int) -> None:
+    for _ in range(min(times, generation)):
+        durable.receive()
+    if times > generation:
+        durable.continue_as_new(times - generation, generation)
+
+
+@durable.workflow
+def parent(children: int) -> int:
+    handles = [one_step.start(number) for number in range(children)]
+    return len(durable.wait(handles).done)
+
+
 class NotYet(Exception):
     """Fails the run, so that it can be resumed and replayed again. Not a step's error: no step is repeated."""
 
