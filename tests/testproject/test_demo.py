@@ -50,7 +50,7 @@ def test_the_demo_proves_what_it_promises(tmp_path: Path):
     assert before[-1] == ("fulfil", "has done its writes, not committed")
     assert ("charge_card", "recorded") in before
     assert steps_of(output, heir, run_id) == [
-        ("reserve_ticket", "answered from its checkpoint"),
+        ("reserve_tickets", "answered from its checkpoint"),
         ("charge_card", "answered from its checkpoint"),
         ("fulfil", "executing"),
         ("fulfil", "recorded"),
@@ -83,14 +83,19 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path):
     assert children_in(tmp_path / "demo") == []
 
 
+def read_until_it_is_open(serve: subprocess.Popen[str]) -> str:
+    said = ""
+    for line in serve.stdout:
+        said += line
+        if "Ctrl-C" in line:
+            break
+    return said
+
+
 def test_serve_opens_the_shop_and_the_admin_until_ctrl_c(tmp_path: Path):
     folder = tmp_path / "shop"
     with started("serve.py", "--folder", str(folder), "--port", "0") as serve:
-        said = ""
-        for line in serve.stdout:
-            said += line
-            if "Ctrl-C" in line:
-                break
+        said = read_until_it_is_open(serve)
         shop = re.search(r"the shop +(http://\S+)/", said)[1]
         with httpx.Client(base_url=shop, trust_env=False) as client:
             assert "String quartet" in client.get("/").text
@@ -106,4 +111,14 @@ def test_serve_opens_the_shop_and_the_admin_until_ctrl_c(tmp_path: Path):
         except subprocess.TimeoutExpired:
             pytest.fail("serve.py does not end by Ctrl-C")
     assert serve.returncode == 0
+    assert children_in(folder) == []
+
+
+def test_serve_leaves_the_database_of_the_environment_alone(tmp_path: Path):
+    """That one may hold somebody's work: it gets no tables, and no administrator whose password everybody knows."""
+    folder, other = tmp_path / "shop", tmp_path / "other.sqlite3"
+    with started("serve.py", "--folder", str(folder), "--port", "0", DATABASE_URL=f"sqlite:///{other}") as serve:
+        assert "the shop " in read_until_it_is_open(serve)
+        assert (folder / "shop.sqlite3").exists()
+    assert not other.exists()
     assert children_in(folder) == []
