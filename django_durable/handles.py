@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.db import connections
 
+from django_durable.conf import as_seconds
 from django_durable.engine import approvals, children, operations, steering, tokens
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.context import current_body, current_run
 from django_durable.engine.starting import database_of
 from django_durable.exceptions import InsideTransaction, RunNotFound
@@ -55,15 +56,16 @@ class RunHandle:
             raise RunNotFound(self.id, self.database)
         return str(status)
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | timedelta | None = None) -> Any:
         """Wait for the run's end and return its value.
 
-        `timeout` in seconds; None waits without limit, 0 looks once. In a workflow's body the outcome is recorded, and
-        the wait parks. Raises the workflow's own exception,
-        `RunCancelled`, `RunDead`, `RunFailed` (its exception cannot be rebuilt), `RunNotFound`, or TimeoutError; and
-        `InsideTransaction`, if it would wait without limit in a transaction that the run may be part of.
+        `timeout`: seconds or timedelta; None waits without limit, 0 looks once. In a workflow's body the outcome is
+        recorded, and the wait parks. Raises the workflow's own exception, `RunCancelled`, `RunDead`, `RunFailed` (its
+        exception cannot be rebuilt), `RunNotFound`, or TimeoutError; and `InsideTransaction`, if it would wait
+        without limit in a transaction that the run may be part of.
         """
         context = current_body()
+        timeout = None if timeout is None else as_seconds(timeout, "timeout")
         if context is not None:
             return children.result(context, self.database, self.id, timeout)
         until = None if timeout is None else time.monotonic() + timeout
@@ -77,13 +79,14 @@ class RunHandle:
             time.sleep(min(pause, left))
 
     @markcoroutinefunction
-    def aresult(self, timeout: float | None = None) -> Coroutine[Any, Any, Any]:
+    def aresult(self, timeout: float | timedelta | None = None) -> Coroutine[Any, Any, Any]:
         """See result()."""
         if current_body() is not None:
-            return awaited("aresult", self.result, timeout)
+            return awaitable("aresult", self.result, timeout)
         return self._aresult_outside(timeout)
 
-    async def _aresult_outside(self, timeout: float | None) -> Any:
+    async def _aresult_outside(self, timeout: float | timedelta | None) -> Any:
+        timeout = None if timeout is None else as_seconds(timeout, "timeout")
         until = None if timeout is None else time.monotonic() + timeout
         for pause in operations.pauses():
             if (end := await sync_to_async(operations.look)(self.database, self.id)) is not None:
@@ -124,6 +127,9 @@ class RunHandle:
 
         Raises ValueError for a position that the run has not come to, and `RunNotFound`.
         """
+        context = current_body()
+        if context is not None and context.alias == self.database:
+            return RunHandle(children.fork(context, self.id, from_step), self.database)
         return RunHandle(steering.fork(self.database, self.id, from_step), self.database)
 
     def restart(self) -> RunHandle:
@@ -204,7 +210,7 @@ class RunHandle:
     @markcoroutinefunction
     def asend(self, message: Any, topic: str | None = None, key: str | None = None) -> Coroutine[Any, Any, None]:
         """See send()."""
-        return awaited("asend", self.send, message, topic, key)
+        return awaitable("asend", self.send, message, topic, key)
 
     async def adecide(
         self, name: str, approved: bool, by: Any = None, data: Any = None, position: int | None = None

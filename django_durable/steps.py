@@ -12,7 +12,8 @@ from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.db import transaction
 
 from django_durable.conf import as_seconds, is_whole
-from django_durable.engine import asynchronous, parallel
+from django_durable.engine import parallel
+from django_durable.engine.asynchronous.awaitables import call_step
 from django_durable.engine.calls import is_async
 from django_durable.engine.context import current_body, current_run
 from django_durable.engine.retries import RetryPolicy, policy
@@ -56,7 +57,7 @@ class Step(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         context = current_body()
         if context is not None:
-            run: Callable[..., Any] = asynchronous.call_step if self.is_async else perform
+            run: Callable[..., Any] = call_step if self.is_async else perform
             value: R = run(context, self, args, kwargs)
             return value
         # Outside a workflow it is the plain function; inside another step it is part of that step.
@@ -83,7 +84,7 @@ class Step(Generic[P, R]):
             return self(*args, **kwargs)
         context = current_body()
         if context is not None:
-            return asynchronous.call_step(context, self, args, kwargs)
+            return call_step(context, self, args, kwargs)
         return sync_to_async(self)(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> parallel.StepFuture[R]:

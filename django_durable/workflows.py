@@ -17,7 +17,8 @@ from django.db.models import Model
 from django.forms import BaseForm
 
 from django_durable.conf import as_seconds, check_text
-from django_durable.engine import asynchronous, awaiting, children, operations, registry
+from django_durable.engine import awaiting, children, operations, registry
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import is_async
 from django_durable.engine.context import current_body
 from django_durable.engine.retries import RetryPolicy, policy
@@ -88,7 +89,7 @@ class Workflow(Generic[P, R]):
         if self.is_async:
             value = self._await(args, kwargs)
         elif (context := current_body()) is not None:
-            value = children.call(context, self, self.options, self._arguments(args, kwargs))
+            value = children.call(context, self, self.options, partial(self._arguments, args, kwargs))
         else:
             value = operations.call(self, self.options, *self._arguments(args, kwargs))
         return value
@@ -97,7 +98,7 @@ class Workflow(Generic[P, R]):
         context, arguments = current_body(), partial(self._arguments, args, kwargs)
         if context is None:
             return awaiting.acall(self, self.options, arguments)
-        return asynchronous.awaited(self.name, lambda: children.call(context, self, self.options, arguments()))
+        return awaitable(self.name, lambda: children.call(context, self, self.options, arguments))
 
     def start(self, *args: P.args, **kwargs: P.kwargs) -> RunHandle:
         """Store a run for a worker, in the caller's transaction, and return its handle.
@@ -107,11 +108,11 @@ class Workflow(Generic[P, R]):
         Raises TypeError for arguments that do not fit, `InvalidInput` for those that `validate` refuses,
         `SerializationError` for those that cannot be stored, and `RunIdInUse`.
         """
-        arguments, context = self._arguments(args, kwargs), current_body()
+        context, arguments = current_body(), partial(self._arguments, args, kwargs)
         if context is not None:
             child = children.start(context, self, self.options, arguments)
             return RunHandle(child, self.options.database or context.alias)
-        return RunHandle(operations.start(self, self.options, *arguments), database_of(self.options.database))
+        return RunHandle(operations.start(self, self.options, *arguments()), database_of(self.options.database))
 
     @overload
     def acall(
@@ -131,7 +132,7 @@ class Workflow(Generic[P, R]):
     @markcoroutinefunction
     def astart(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, RunHandle]:
         """See start()."""
-        return asynchronous.awaited(self.name, self.start, *args, **kwargs)
+        return awaitable(self.name, self.start, *args, **kwargs)
 
     def using(self, **options: Unpack[StartChanges]) -> Workflow[P, R]:
         """Return a copy whose runs are started with these options; further ones add to them.

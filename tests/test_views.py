@@ -533,6 +533,8 @@ def test_many_open_pages_cost_an_asgi_server_no_connection_and_do_not_block_it(o
             await page.leave()
         await asyncio.to_thread(elsewhere, lambda: finish(run))
         await asyncio.gather(*(page.read_until("event: end") for page in pages[20:]))
+        # What the server keeps for a request is closed behind its last byte.
+        await asyncio.gather(*(page.connection.wait(timeout=20) for page in pages[20:]))
         turning.cancel()
         return turns_meanwhile, held
 

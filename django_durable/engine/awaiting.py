@@ -11,7 +11,7 @@ from django.db import connections
 
 from django_durable import compat
 from django_durable.engine import claims, operations, registry, steering
-from django_durable.engine.asynchronous import in_thread
+from django_durable.engine.asynchronous.threads import in_thread
 from django_durable.engine.calls import is_async
 from django_durable.engine.claims import Claim
 from django_durable.engine.heartbeat import inline_lease
@@ -46,7 +46,7 @@ def _store(
     lease = inline_lease(alias)
     if run.status == RunStatus.PENDING:
         hold(run, lease)
-    if not operations._insert_surely(lease, run, idempotent=given.run_id is not None):
+    if not operations.insert_surely(lease, run, idempotent=given.run_id is not None):
         check_same_workflow(alias, run.pk, definition)
         return lease, run.pk, None
     return lease, run.pk, Claim(run, definition, {}) if run.status == RunStatus.RUNNING else None
@@ -88,7 +88,7 @@ def _look(lease: Lease, run_id: str, count: int) -> tuple[End | None, str, Lease
     lease = lease if lease.valid() else inline_lease(alias)
     claimed = claims.claim(lease, 1, run_id=run_id)
     if not claimed and (count >= operations.PATIENT_LOOKS or not lease.stored):
-        claimed = operations._claim_awaited(lease, run_id)
+        claimed = operations.claim_awaited(lease, run_id)
     return None, run_id, lease, claimed
 
 
@@ -98,4 +98,4 @@ def _others_at_work(lease: Lease) -> bool:
 
 
 def _let_time_pass(lease: Lease, run_id: str) -> None:
-    lease.wait(operations._until_due(lease.alias, run_id))
+    lease.wait(operations.seconds_until_due(lease.alias, run_id))

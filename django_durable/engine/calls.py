@@ -28,11 +28,13 @@ from django_durable.exceptions import (
     NonDeterminism,
     NotInWorkflow,
     Parked,
+    RunIdInUse,
+    RunNotFound,
     SerializationError,
     StepFailed,
 )
 from django_durable.models import StepCheckpoint, WorkflowRun
-from django_durable.serialization import load_exception
+from django_durable.serialization import describe_exception, dump_exception, load_exception
 from django_durable.states import OPEN_STEPS, RunStatus, StepKind, StepStatus
 
 logger = logging.getLogger("django_durable.run")
@@ -181,6 +183,14 @@ def answer(context: RunContext, recorded: StepCheckpoint, traceback: TracebackTy
         raise context.end(Halt(error)) from error
 
 
+# What is found of other runs is an answer, too: tomorrow there may be such a run, and a replay has to see today's.
+ANSWERS = (RunNotFound, RunIdInUse)
+
+
+def _failed(error: Exception) -> Outcome:
+    return Outcome(StepStatus.FAILED, error=describe_exception(error), exception=dump_exception(error))
+
+
 class _Refused(Exception):
     """The fence matched no row: rolls the call's transaction back."""
 
@@ -239,7 +249,8 @@ class Call:
         """Return or raise the recorded outcome."""
         if self.recorded is None:
             raise AssertionError(f"{self.place} has no outcome yet")
-        return answer(self.context, self.recorded)
+        with inside(self.context, busy=True):
+            return answer(self.context, self.recorded)
 
     def commit(self, act: Callable[[], Outcome], *, ends_at: datetime | None = None) -> StepCheckpoint:
         """Act in the run's database and record the outcome, in one commit; return the row that stands.
@@ -248,7 +259,7 @@ class Call:
         outcome is found and stands. `ends_at`: the outcome's time, if it is not now.
         """
 
-        def write() -> StepCheckpoint | None:
+        def write(act: Callable[[], Outcome] = act) -> StepCheckpoint | None:
             try:
                 with compat.write_transaction(self.context.alias):
                     row = self.unsaved(act(), ends_at)
@@ -259,7 +270,10 @@ class Call:
             except _Refused:
                 return None
 
-        stored: StepCheckpoint = self._stored(write)
+        try:
+            stored: StepCheckpoint = self._stored(write)
+        except ANSWERS as error:
+            stored = self._stored(partial(write, partial(_failed, error)))
         return stored
 
     def open(self, act: Callable[[], Outcome]) -> StepCheckpoint:
@@ -298,7 +312,7 @@ class Call:
 
             def write(left: float | None = left, stay: bool = stay) -> StepCheckpoint | bool | None:
                 with compat.write_transaction(context.alias):
-                    looked = self._look(look, whom)
+                    looked = self.look_under_locks(look, whom)
                     if looked is None:
                         return None
                     outcome, awaited = looked
@@ -310,7 +324,10 @@ class Call:
                         self._park(awaited, deadline, note)
                     return stay
 
-            stored = self._stored(write)
+            try:
+                stored = self._stored(write)
+            except ANSWERS as error:
+                stored = self.commit(partial(_failed, error))
             if isinstance(stored, StepCheckpoint):
                 return self.answer()
             if stored is False:
@@ -324,7 +341,7 @@ class Call:
 
         def write() -> StepCheckpoint | bool | None:
             with compat.write_transaction(self.context.alias):
-                looked = self._look(wait.look, wait.whom)
+                looked = self.look_under_locks(wait.look, wait.whom)
                 if looked is None:
                     return None
                 outcome, _ = looked
@@ -332,7 +349,11 @@ class Call:
                     outcome = wait.otherwise()
                 return self.settle(outcome) if outcome is not None else False
 
-        if self._stored(write) is False:
+        try:
+            stored = self._stored(write)
+        except ANSWERS as error:
+            stored = self.commit(partial(_failed, error))
+        if stored is False:
             if self.recorded is None or self.recorded.status != StepStatus.WAITING:
                 # Not stored before the run is parked; but its deadline stands from now on.
                 self.recorded = self.unsaved(Outcome(StepStatus.WAITING, output=wait.note), deadline or self.begun_at)
@@ -346,7 +367,7 @@ class Call:
         checkpoints.insert(self.context, row, fence="none")
         return row
 
-    def _look(
+    def look_under_locks(
         self, look: Callable[[], Outcome | None], whom: Callable[[], Awaited]
     ) -> tuple[Outcome | None, Awaited] | None:
         """What is found under the locks of those who are to tell of it, and who they are; None: the run is not ours."""

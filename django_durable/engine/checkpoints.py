@@ -22,9 +22,9 @@ from django.db.models import Q
 from django_durable import compat, signals
 from django_durable.compat import Trouble
 from django_durable.engine import endings
-from django_durable.engine.context import RunContext
+from django_durable.engine.context import RunContext, inside
 from django_durable.exceptions import Cancelled, InsideTransaction, LeaseLost
-from django_durable.models import StepCheckpoint, WorkflowRun
+from django_durable.models import Message, StepCheckpoint, WorkflowRun
 from django_durable.states import OPEN_STEPS, RunStatus, StepKind, StepStatus
 
 T = TypeVar("T")
@@ -188,6 +188,25 @@ def drop_try(context: RunContext, position: int) -> None:
     rows.filter(status__in=OPEN_STEPS)._raw_delete(context.alias)
 
 
+def take_back(context: RunContext, position: int) -> None:
+    """Forget a wait that the workflow does not want any more, and give back the message that it has taken."""
+
+    def write() -> bool:
+        with compat.write_transaction(context.alias):
+            if not still_held(context):
+                return False
+            steps = StepCheckpoint.objects.using(context.alias).filter(run=context.run_id, position=position)
+            steps.filter(kind__in=(StepKind.RECEIVE, StepKind.APPROVAL)).delete()
+            taken = Message.objects.using(context.alias).filter(run=context.run_id, consumed_by=position)
+            taken.update(consumed_at=None, consumed_by=None)
+            return True
+
+    with inside(context, busy=True):
+        if not persist(context, write):
+            raise lost(context)
+    context.recorded.pop(position, None)
+
+
 def _one_commit(alias: str, *, several: bool) -> Any:
     # One statement is its own transaction. In a test's transaction it takes a savepoint, or a refused row would
     # break the test's.
@@ -199,7 +218,8 @@ def _one_commit(alias: str, *, several: bool) -> Any:
 def lost(context: RunContext) -> BaseException:
     """End the execution whose fence was refused, and return what to raise: Cancelled, or LeaseLost."""
     ours = WorkflowRun.objects.using(context.alias).filter(pk=context.run_id, attempt=context.attempt)
-    status = persist(context, ours.values_list("status", flat=True).first)
+    with inside(context, busy=True):
+        status = persist(context, ours.values_list("status", flat=True).first)
     if status == RunStatus.CANCELLED:
         return context.end(Cancelled(f"run {context.run_id} was cancelled"))
     return context.end(LeaseLost(f"run {context.run_id} has another owner"))

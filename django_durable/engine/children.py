@@ -6,7 +6,7 @@ for it are one commit too (`engine.endings`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import count
@@ -17,7 +17,7 @@ from django_durable.engine.bell import ring_after_commit
 from django_durable.engine.calls import Awaited, Call
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.claims import Claim
-from django_durable.engine.context import RunContext
+from django_durable.engine.context import RunContext, inside
 from django_durable.engine.replay import execute
 from django_durable.engine.starting import StartOptions, database_of
 from django_durable.exceptions import RunCancelled, RunDead, RunNotFound
@@ -29,17 +29,33 @@ ID_LIMIT = 200
 # How many runs one statement asks for.
 BATCH = 500
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Called at the start alone: what a replay meets was looked at then.
+Arguments = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def start(context: RunContext, definition: registry.Definition, given: StartOptions, arguments: Arguments) -> str:
     """Start a child for a worker, exactly once; return its id."""
     call = Call(context, f"start {definition.name}", StepKind.CHILD)
     if not call.done:
-        call.commit(lambda: _named(call, _store(call, definition, given, arguments)))
+        with inside(context, busy=True):
+            stored = arguments()
+        call.commit(lambda: _named(call, _store(call, definition, given, stored)))
         ring_after_commit(_database(context, given))
     child: str = call.answer()
     return child
+
+
+def fork(context: RunContext, run_id: str, from_step: int) -> str:
+    """Fork a run, exactly once; return the new one's id."""
+    call = Call(context, f"fork {run_id}", StepKind.CHILD)
+    if not call.done:
+        call.commit(
+            lambda: Outcome(
+                StepStatus.SUCCEEDED, output=payloads.dump(steering.fork(context.alias, run_id, from_step), call.place)
+            )
+        )
+    made: str = call.answer()
+    return made
 
 
 def call(context: RunContext, definition: registry.Definition, given: StartOptions, arguments: Arguments) -> Any:
@@ -52,17 +68,21 @@ def call(context: RunContext, definition: registry.Definition, given: StartOptio
     lease, here = context.lease, alias == context.alias
     if call.recorded is None or not call.recorded.output:
         ours: list[WorkflowRun] = []
+        with inside(context, busy=True):
+            stored = arguments()
 
         def act() -> Outcome:
             ours.clear()
-            run = _store(call, definition, given, arguments, hold=here, ours=ours)
+            run = _store(call, definition, given, stored, hold=here, ours=ours)
             return _named(call, run)._replace(status=StepStatus.WAITING)
 
         opened = call.open(act)
         # Behind a lost answer it is the first one that stands; what nobody executes is handed back by the lease.
         ours = [run for run in ours if run.status == RunStatus.RUNNING and opened.output == _named(call, run).output]
         if ours and opened.status == StepStatus.WAITING:
-            end = execute(Claim(ours[0], definition, {}), lease)
+            # What the child's execution asks for itself is no query of this body.
+            with inside(context, busy=True):
+                end = execute(Claim(ours[0], definition, {}), lease)
             if end is not None and end.error is None:
                 # It has ended before our eyes, and a run that has succeeded never changes.
                 output = payloads.dump(end.value, call.place)
@@ -70,8 +90,9 @@ def call(context: RunContext, definition: registry.Definition, given: StartOptio
     else:
         opened = call.recorded
         child = payloads.load(opened.output, call.place)
-        for claim in claims.claim(lease, 1, run_id=steering.latest(alias, child)) if here else ():
-            execute(claim, lease)
+        with inside(context, busy=True):
+            for claim in claims.claim(lease, 1, run_id=steering.latest(alias, child)) if here else ():
+                execute(claim, lease)
     if call.done:
         return call.answer()
     return _result(call, alias, payloads.load(opened.output, call.place), None)
@@ -192,7 +213,7 @@ def _store(
     call: Call,
     definition: registry.Definition,
     given: StartOptions,
-    arguments: Arguments,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     hold: bool = False,
     ours: list[WorkflowRun] | None = None,

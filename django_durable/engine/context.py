@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from django_durable.exceptions import Cancelled, Halt, LeaseLost, NonDeterminism
+from django_durable.exceptions import Cancelled, ContinueAsNew, Halt, LeaseLost, NonDeterminism
 from django_durable.states import OPEN_STEPS, StepKind
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class RunContext:
         "attempt",
         "branches",
         "cancelling",
+        "continuing",
         "definition",
         "delivered",
         "draws",
@@ -91,6 +92,8 @@ class RunContext:
         self.delivered: list[tuple[BaseException, int, int]] = []
         # Why the run is to be cancelled before its next step: its deadline has passed.
         self.cancelling: str | None = None
+        # continue_as_new() was called.
+        self.continuing: ContinueAsNew | None = None
         # Set when this execution may not go on. Whatever the workflow catches, its next step meets it again.
         self.ended: BaseException | None = None
         # When the latest outcome came about that the workflow has seen.
@@ -148,7 +151,10 @@ class RunContext:
         """Raise if no further step may start here: cancelled, parked, or the lease is another's now."""
         if self.ended is not None:
             raise self.ended
-        if not self.lease.valid():
+        # A lease that is about to run out is renewed here, and STRICT takes no query in the body.
+        with inside(self, busy=True):
+            valid = self.lease.valid()
+        if not valid:
             raise self.end(LeaseLost(f"run {self.run_id} has another owner"))
         deadline = self.run.deadline
         if deadline is not None and self.lease.clock.now() >= deadline:
@@ -185,6 +191,9 @@ class RunContext:
                 if shown is link:
                     return position, horizon
             chain += [link.__context__, link.__cause__]
+            if isinstance(link, BaseExceptionGroup):
+                # The first error first, as a plain chain would have it.
+                chain += reversed(link.exceptions)
         if sagas := [saga.first for saga in self.undone if saga.last == self.position]:
             return self._beginning(min(sagas))
         if self.delivered:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from django.db import Error, connections
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q
 
 from django_durable import compat, signals
 from django_durable.clock import DatabaseNow
@@ -18,7 +18,7 @@ from django_durable.engine.leases import end_here
 from django_durable.exceptions import Cancelled
 from django_durable.models import WorkflowRun
 from django_durable.querysets import RunQuerySet
-from django_durable.states import UNFINISHED, RunStatus
+from django_durable.states import FINISHED, UNFINISHED, RunStatus
 
 T = TypeVar("T")
 
@@ -129,8 +129,11 @@ def _cancel(alias: str, run_id: str, which: RunQuerySet, reason: str, children: 
         while children and level:
             below = runs.filter(parent__in=level, status__in=UNFINISHED).exclude(pk=spare).order_by("pk")
             rows = [Ended(*row) for row in compat.locked(below).values_list(*facts)]
-            level = [row.run_id for row in rows]
-            runs.filter(pk__in=level).move(
+            ids = [row.run_id for row in rows]
+            # One that has ended may have left children of its own.
+            over = runs.filter(parent__in=level, status__in=FINISHED).filter(Exists(runs.filter(parent=OuterRef("pk"))))
+            level = [*ids, *over.order_by().values_list("pk", flat=True)]
+            runs.filter(pk__in=ids).move(
                 RunStatus.CANCELLED,
                 cancel_reason=reason,
                 finished_at=DatabaseNow(),
@@ -138,7 +141,7 @@ def _cancel(alias: str, run_id: str, which: RunQuerySet, reason: str, children: 
                 waiting_for="",
                 awaited=False,
             )
-            wake_who_awaits(alias, level)
+            wake_who_awaits(alias, ids)
             cancelled += rows
     return cancelled
 

@@ -62,7 +62,7 @@ def call(definition: registry.Definition, given: StartOptions, args: tuple[Any, 
     lease = inline_lease(alias)
     if run.status == RunStatus.PENDING:
         hold(run, lease)
-    if _insert_surely(lease, run, idempotent=given.run_id is not None):
+    if insert_surely(lease, run, idempotent=given.run_id is not None):
         if run.status == RunStatus.RUNNING and (end := execute(Claim(run, definition, {}), lease)) is not None:
             return value_of(end)
     else:
@@ -70,7 +70,7 @@ def call(definition: registry.Definition, given: StartOptions, args: tuple[Any, 
     return value_of(_finish_here(lease, run.pk))
 
 
-def _insert_surely(lease: Lease, run: WorkflowRun, *, idempotent: bool) -> bool:
+def insert_surely(lease: Lease, run: WorkflowRun, *, idempotent: bool) -> bool:
     """`insert` of a run that this process is to execute: nobody else would, if only the answer were lost."""
     connection, lost = connections[lease.alias], False
     for _ in range(ANSWER_TRIES):
@@ -154,7 +154,7 @@ def _finish_here(lease: Lease, run_id: str) -> End:
         lease = lease if lease.valid() else inline_lease(lease.alias)
         claimed = claims.claim(lease, 1, run_id=run_id)
         if not claimed and (count >= PATIENT_LOOKS or not lease.stored):
-            claimed = _claim_awaited(lease, run_id)
+            claimed = claim_awaited(lease, run_id)
         for claim in claimed:
             if (end := execute(claim, lease)) is not None and claim.run.pk == run_id:
                 return end
@@ -164,11 +164,11 @@ def _finish_here(lease: Lease, run_id: str) -> End:
             lease.wait(pause)
         else:
             idle += 1
-            lease.wait(_until_due(lease.alias, run_id, patient=idle < TEST_LOOKS))
+            lease.wait(seconds_until_due(lease.alias, run_id, patient=idle < TEST_LOOKS))
     raise AssertionError("unreachable: pauses() has no end")
 
 
-def _claim_awaited(lease: Lease, run_id: str) -> list[Claim]:
+def claim_awaited(lease: Lease, run_id: str) -> list[Claim]:
     """Take a due descendant of the run, which it may wait for; in a test, where nobody else would, any due run."""
     if not lease.stored:
         return claims.claim(lease, 1)
@@ -181,7 +181,7 @@ def _claim_awaited(lease: Lease, run_id: str) -> list[Claim]:
     return []
 
 
-def _until_due(alias: str, run_id: str, *, patient: bool = True) -> float:
+def seconds_until_due(alias: str, run_id: str, *, patient: bool = True) -> float:
     """In a test, where waiting moves the clock: the seconds until anything is due."""
     runs = WorkflowRun.objects.using(alias)
     timers = runs.waiting().filter(wake_at__isnull=False).order_by("wake_at")

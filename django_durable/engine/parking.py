@@ -7,7 +7,7 @@ from typing import Any
 
 from django_durable import compat
 from django_durable.engine import checkpoints
-from django_durable.engine.context import RunContext
+from django_durable.engine.context import RunContext, inside
 from django_durable.exceptions import Parked
 from django_durable.models import StepCheckpoint, WorkflowRun
 from django_durable.states import RunStatus, StepStatus
@@ -38,7 +38,10 @@ def park(
                 checkpoints.insert(context, row, fence="none")
             return True
 
-    if not checkpoints.persist(context, write):
+    # A sleep parks from the body itself, where STRICT takes no query.
+    with inside(context, busy=True):
+        parked = checkpoints.persist(context, write)
+    if not parked:
         # Not ours any more; or ours, and only the answer to the COMMIT was lost. Either way it ends here.
         return checkpoints.lost(context)
     if row is not None:

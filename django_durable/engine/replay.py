@@ -15,7 +15,11 @@ from django_durable import compat, signals
 from django_durable.clock import DatabaseNow
 from django_durable.compat import Trouble
 from django_durable.conf import options
-from django_durable.engine import asynchronous, checkpoints, claims, endings, payloads, steering
+from django_durable.engine import checkpoints, claims, endings, payloads, steering
+from django_durable.engine.asynchronous.attempts import ExecuteOnLoop, hands_over
+from django_durable.engine.asynchronous.body import Body
+from django_durable.engine.asynchronous.driver import drive
+from django_durable.engine.asynchronous.threads import in_thread
 from django_durable.engine.bell import ring_after_commit
 from django_durable.engine.calls import is_async
 from django_durable.engine.claims import Claim
@@ -49,8 +53,8 @@ class End(NamedTuple):
 
 def execute(claim: Claim, lease: Lease) -> End | None:
     """Replay a claimed run and store how it ended; None: it has not ended, or not here."""
-    if is_async(claim.definition.func) and asynchronous.hands_over():
-        raise asynchronous.Inline(partial(aexecute, claim, lease))
+    if is_async(claim.definition.func) and hands_over():
+        raise ExecuteOnLoop(partial(aexecute, claim, lease))
     context = enter(claim, lease)
     value, error = None, None
     try:
@@ -71,7 +75,7 @@ async def aexecute(claim: Claim, lease: Lease) -> End | None:
     If who awaits it is cancelled, the run is handed back, and a worker goes on with it.
     """
     context = enter(claim, lease)
-    body = asynchronous.Body(context)
+    body = Body(context)
     execution = asyncio.get_running_loop().create_task(_execute_here(context, body))
     cancelled = None
     while not execution.done():
@@ -85,7 +89,7 @@ async def aexecute(claim: Claim, lease: Lease) -> End | None:
     return execution.result()
 
 
-async def _execute_here(context: RunContext, body: asynchronous.Body) -> End | None:
+async def _execute_here(context: RunContext, body: Body) -> End | None:
     value, error = None, None
     strict = ExitStack()
 
@@ -100,11 +104,11 @@ async def _execute_here(context: RunContext, body: asynchronous.Body) -> End | N
 
     try:
         try:
-            args, kwargs = await asynchronous.in_thread(start)
+            args, kwargs = await in_thread(start)
             value = await body.run(args, kwargs)
         except BaseException as raised:
             error = raised
-        return await asynchronous.in_thread(finish)
+        return await in_thread(finish)
     finally:
         leave(context)
 
@@ -112,7 +116,7 @@ async def _execute_here(context: RunContext, body: asynchronous.Body) -> End | N
 def _call_body(context: RunContext, args: list[Any], kwargs: dict[str, Any]) -> Any:
     function = context.definition.func
     if is_async(function):
-        return asynchronous.drive(context, args, kwargs)
+        return drive(context, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -192,6 +196,7 @@ def _reason(context: RunContext, error: BaseException | None) -> BaseException |
             return context.ended
         if context.cancelling is not None:
             return Cancelled(context.cancelling)
+        error = context.continuing if error is None else error
         if error is None or isinstance(error, ContinueAsNew):
             context.check_end()
     except (Halt, LeaseLost) as reason:

@@ -73,12 +73,19 @@ def cancel(alias: str, run_id: str, reason: str = "", *, children: bool = True) 
         return True
     unfinished = WorkflowRun.objects.using(alias).filter(status__in=UNFINISHED)
     spare = None if step is None else step.run.run_id
-    cancelled = endings.cancel(alias, run_id, unfinished, reason, children=children, spare=spare)
+
+    def act() -> tuple[str, list[endings.Ended]]:
+        # The line's end is looked for where nothing is added to it meanwhile, if the database has one writer.
+        with compat.write_transaction(alias):
+            last = latest(alias, run_id)
+            return last, endings.cancel(alias, last, unfinished, reason, children=children, spare=spare)
+
+    last, cancelled = endings.through_deadlocks(alias, act)
+    while not cancelled and latest(alias, last) != last:
+        # It went on as another between the two looks.
+        last, cancelled = endings.through_deadlocks(alias, act)
     if step is not None and children and step.run.run.parent_id in {run.run_id for run in cancelled}:
         step.cancelling = reason
-    if not cancelled and latest(alias, run_id) != run_id:
-        # It went on as another between the two looks.
-        return cancel(alias, run_id, reason, children=children)
     if cancelled:
         transaction.on_commit(lambda: endings.tell_cancelled(alias, cancelled), using=alias, robust=True)
         # Whoever executes it is to look.
@@ -95,23 +102,24 @@ def pause(alias: str, run_id: str) -> bool:
     step = current_step()
     if step is not None and step.atomic and (step.run.run_id, step.run.alias) == (run_id, alias):
         raise InsideTransaction.pausing(step.name, run_id)
-    paused = endings.through_deadlocks(alias, lambda: _hold_back(alias, run_id))
-    if not paused and latest(alias, run_id) != run_id:
-        # It went on as another between the two looks.
-        return pause(alias, run_id)
+    last, paused = endings.through_deadlocks(alias, lambda: _hold_back(alias, run_id))
+    while not paused and latest(alias, last) != last:
+        last, paused = endings.through_deadlocks(alias, lambda: _hold_back(alias, run_id))
     if paused:
-        reason = Parked(f"run {run_id} was paused")
-        transaction.on_commit(lambda: end_here(run_id, reason), using=alias, robust=True)
+        reason = Parked(f"run {last} was paused")
+        transaction.on_commit(lambda: end_here(last, reason), using=alias, robust=True)
         # Whoever executes it is to look.
         ring_after_commit(alias)
     return bool(paused)
 
 
-def _hold_back(alias: str, run_id: str) -> int:
+def _hold_back(alias: str, run_id: str) -> tuple[str, bool]:
     with compat.write_transaction(alias):
+        run_id = latest(alias, run_id)
         run = WorkflowRun.objects.using(alias).filter(pk=run_id)
         stopped: dict[str, Any] = {"waiting_for": PAUSED, "wake_at": None, "worker": ""}
-        return run.move(RunStatus.WAITING, **stopped) or run.waiting().exclude(waiting_for=PAUSED).update(**stopped)
+        paused = run.move(RunStatus.WAITING, **stopped)
+        return run_id, bool(paused or run.waiting().exclude(waiting_for=PAUSED).update(**stopped))
 
 
 def resume(alias: str, run_id: str) -> bool:
@@ -268,7 +276,11 @@ def _like(original: WorkflowRun, run_id: str, text: str) -> WorkflowRun:
 
 def go_on_as_new(alias: str, run: WorkflowRun, text: str) -> str:
     """Store the run that goes on for this one with this input, and return its id; with this one's row locked."""
-    made = _like(run, _next_in_line(run.pk), text)
+    first, _, number = run.pk.rpartition("~")
+    before = (first, f"{first}~{int(number) - 1}") if number.isdecimal() else ()
+    # A first id of the user's choice may end like those that a line gives.
+    later = WorkflowRun.objects.using(alias).filter(pk__in=before, continued_as=run.pk).exists()
+    made = _like(run, _next_in_line(run.pk if later else f"{run.pk}~1"), text)
     if run.parent_id is not None:
         made.parent_id = run.parent_id
         parent = WorkflowRun.objects.using(alias).filter(pk=run.parent_id)

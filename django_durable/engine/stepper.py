@@ -84,10 +84,10 @@ def bring_to_outcome(
     `finished_at`.
     """
     if recorded is None and not context.fresh and step.using not in (None, context.alias):
-        stands = _recorded_elsewhere(context, position, step)
+        stands = recorded_elsewhere(context, position, step)
         if stands is not None:
             return stands, None
-    execution = _Execution(context, step, position, recorded, args, kwargs, beside=beside)
+    execution = StepExecution(context, step, position, recorded, args, kwargs, beside=beside)
     return execution.outcome(), execution.traceback
 
 
@@ -95,7 +95,7 @@ class _HomeLost(Exception):
     """The run's own database went away under a step whose data live in another."""
 
 
-class _Execution:
+class StepExecution:
     """The tries of one step."""
 
     def __init__(
@@ -347,7 +347,7 @@ class _Execution:
         return error
 
 
-def _recorded_elsewhere(context: RunContext, position: int, step: StepDefinition) -> StepCheckpoint | None:
+def recorded_elsewhere(context: RunContext, position: int, step: StepDefinition) -> StepCheckpoint | None:
     """An outcome that was committed in the step's own database, by a process that died before it said so here."""
     row = checkpoints.found(context, position, step.using)
     if row is None:

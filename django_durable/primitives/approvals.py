@@ -12,7 +12,7 @@ from django.forms import BaseForm
 
 from django_durable.conf import as_seconds, check_text
 from django_durable.engine import approvals, payloads
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import Awaited, Call, body
 from django_durable.engine.checkpoints import Outcome
 from django_durable.states import StepKind, StepStatus
@@ -77,4 +77,4 @@ def aapproval(
     timeout: float | timedelta | None = None,
 ) -> Coroutine[Any, Any, Decision]:
     """See approval()."""
-    return awaited("aapproval", approval, name, permission, form, timeout)
+    return awaitable("aapproval", approval, name, permission, form, timeout)

@@ -14,7 +14,8 @@ from django.db import connections
 
 from django_durable.conf import as_seconds
 from django_durable.engine import children, operations
-from django_durable.engine.asynchronous import awaited, in_thread
+from django_durable.engine.asynchronous.awaitables import awaitable
+from django_durable.engine.asynchronous.threads import in_thread
 from django_durable.engine.context import current_body
 from django_durable.exceptions import InsideTransaction
 from django_durable.handles import RunHandle
@@ -67,7 +68,7 @@ def await_(
 ) -> Coroutine[Any, Any, WaitResult]:
     """See wait()."""
     if current_body() is not None:
-        return awaited("await_", wait, handles, return_when, timeout)
+        return awaitable("await_", wait, handles, return_when, timeout)
     return _await_outside(handles, return_when, timeout)
 
 

@@ -25,4 +25,6 @@ def continue_as_new(*args: Any, **kwargs: Any) -> NoReturn:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"continue_as_new() of workflow {definition.name!r}: {error}; it takes {signature}.") from None
-    raise ContinueAsNew(payloads.dump_input(args, kwargs, definition.name))
+    # Also if the body swallows it: this never returns.
+    context.continuing = ContinueAsNew(payloads.dump_input(args, kwargs, definition.name))
+    raise context.continuing

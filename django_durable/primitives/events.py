@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any
 
 from asgiref.sync import markcoroutinefunction
+from django.db import connections
 
 from django_durable.conf import as_seconds, check_text
 from django_durable.engine import endings, mailbox, operations, payloads, steering
-from django_durable.engine.asynchronous import awaited, in_thread
+from django_durable.engine.asynchronous.awaitables import awaitable
+from django_durable.engine.asynchronous.threads import in_thread
 from django_durable.engine.calls import Awaited, Call
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import RunContext, current_body, current_run
-from django_durable.exceptions import NotInWorkflow
+from django_durable.exceptions import InsideTransaction, NotInWorkflow
 from django_durable.handles import RunHandle, run_address
 from django_durable.states import StepKind, StepStatus
 
@@ -51,7 +53,7 @@ def get_event(run: RunHandle | str, key: str, timeout: float | timedelta | None 
 
     `timeout`: seconds or timedelta; 0 looks once, None waits without limit. Then, and if the run has ended without
     publishing it, returns `default`. In a workflow's body the answer is recorded, and the wait parks. Raises
-    `RunNotFound`.
+    `RunNotFound`, and `InsideTransaction` where it would wait without limit in a transaction.
     """
     alias, run_id = run_address(run, "get_event()")
     check_text("key", key, 200)
@@ -65,13 +67,15 @@ def get_event(run: RunHandle | str, key: str, timeout: float | timedelta | None 
         left = float("inf") if until is None else until - time.monotonic()
         if found or left <= 0 or not may_come:
             return found[0] if found else default
+        if seconds is None and connections[alias].in_atomic_block:
+            raise InsideTransaction.waiting(run_id, alias, "get_event()")
         time.sleep(min(pause, left))
 
 
 @markcoroutinefunction
 def aset_event(key: str, value: Any) -> Coroutine[Any, Any, None]:
     """See set_event()."""
-    return awaited("aset_event", set_event, key, value)
+    return awaitable("aset_event", set_event, key, value)
 
 
 @markcoroutinefunction
@@ -80,7 +84,7 @@ def aget_event(
 ) -> Coroutine[Any, Any, Any]:
     """See get_event()."""
     if current_body() is not None:
-        return awaited("aget_event", get_event, run, key, timeout, default)
+        return awaitable("aget_event", get_event, run, key, timeout, default)
     return _aget_outside(run, key, timeout, default)
 
 

@@ -10,7 +10,7 @@ from asgiref.sync import markcoroutinefunction
 
 from django_durable.conf import as_seconds, check_text
 from django_durable.engine import endings, mailbox, payloads
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import Awaited, Call, body
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import current_body
@@ -73,7 +73,7 @@ def asend(
     run: RunHandle | str, message: Any, topic: str | None = None, key: str | None = None
 ) -> Coroutine[Any, Any, None]:
     """See send()."""
-    return awaited("asend", send, run, message, topic, key)
+    return awaitable("asend", send, run, message, topic, key)
 
 
 @markcoroutinefunction
@@ -81,7 +81,7 @@ def areceive(
     topic: str | None = None, timeout: float | timedelta | None = None, default: Any = None
 ) -> Coroutine[Any, Any, Any]:
     """See receive()."""
-    return awaited("areceive", receive, topic, timeout, default)
+    return awaitable("areceive", receive, topic, timeout, default)
 
 
 def _checked(value: str | None, name: str) -> str | None:

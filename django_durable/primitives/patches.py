@@ -9,7 +9,7 @@ from asgiref.sync import markcoroutinefunction
 
 from django_durable.conf import check_text
 from django_durable.engine import payloads
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import Call, body
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import RunContext
@@ -42,7 +42,7 @@ def apatched(name: str) -> Coroutine[Any, Any, bool]:
         context.mark = _marked(context, name)
         context.patches[name] = context.mark is not None or _comes_here_first(context)
         if context.patches[name]:
-            return awaited("apatched", _mark, context, name)
+            return awaitable("apatched", _mark, context, name)
     return _answered(context.patches[name])
 
 

@@ -15,7 +15,7 @@ from django.db import connections
 
 from django_durable.conf import as_seconds, check_text
 from django_durable.engine import operations, payloads, streams
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import Call
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import StepContext, current_body, current_step
@@ -53,12 +53,12 @@ class Stream:
     @markcoroutinefunction
     def awrite(self, value: Any) -> Coroutine[Any, Any, None]:
         """See write()."""
-        return awaited("awrite", self.write, value)
+        return awaitable("awrite", self.write, value)
 
     @markcoroutinefunction
     def aclose(self) -> Coroutine[Any, Any, None]:
         """See close()."""
-        return awaited("aclose", self.close)
+        return awaitable("aclose", self.close)
 
     def _append(self, verb: str, name: str, text_for: Callable[[str], str]) -> None:
         context, step = current_body(), current_step()

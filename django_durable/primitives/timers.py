@@ -11,7 +11,7 @@ from django.utils import timezone
 
 from django_durable.conf import as_seconds, options
 from django_durable.engine import payloads
-from django_durable.engine.asynchronous import awaited
+from django_durable.engine.asynchronous.awaitables import awaitable
 from django_durable.engine.calls import Blocked, Call, body, slot_of
 from django_durable.engine.checkpoints import Outcome
 from django_durable.engine.context import RunContext
@@ -47,13 +47,13 @@ def sleep_until(moment: datetime) -> None:
 @markcoroutinefunction
 def asleep(duration: float | timedelta) -> Coroutine[Any, Any, None]:
     """See sleep()."""
-    return awaited("asleep", sleep, duration)
+    return awaitable("asleep", sleep, duration)
 
 
 @markcoroutinefunction
 def asleep_until(moment: datetime) -> Coroutine[Any, Any, None]:
     """See sleep_until()."""
-    return awaited("asleep_until", sleep_until, moment)
+    return awaitable("asleep_until", sleep_until, moment)
 
 
 def _sleep(call: Call, end: Callable[[], datetime]) -> None:
