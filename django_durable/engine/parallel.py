@@ -10,6 +10,7 @@ under way. Only a step whose next try is far away is left for a later execution,
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -40,16 +41,16 @@ MAX_PARALLEL = 8
 LINGER = 1.0
 
 
-class StepFuture(Generic[R]):
+class StepFuture(ABC, Generic[R]):
     """What a submitted step will come to."""
 
+    @abstractmethod
     def result(self, timeout: float | timedelta | None = None) -> R:
         """Wait for the step; return its value or raise its error.
 
         After `timeout` (seconds or timedelta; 0 looks once, None waits without limit) raises TimeoutError; the step
         goes on. In a workflow that answer is recorded: it takes a place in the history, and a replay sees it too.
         """
-        raise NotImplementedError
 
 
 class Called(StepFuture[R]):
