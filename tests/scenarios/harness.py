@@ -144,8 +144,12 @@ class Process:
         return self.code
 
     def end(self) -> None:
-        with suppress(ProcessLookupError):
+        try:
             os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            # It has ended; or it was forked a moment ago, and does not lead its session yet.
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
 
